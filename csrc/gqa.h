@@ -1,0 +1,86 @@
+/* gqa.h: the C contract of gqa_ext, usable without Python.
+ *
+ * A problem struct describes arrays wherever and however they lie; a function
+ * checks it, says no with a status, or does the work.  Nothing here builds text:
+ * who gets GQA_BAD_ARGUMENT explains (in Python: gqa_ext/_explain.py).
+ * Called by module.c and by the tests in tests/c. */
+#ifndef GQA_H
+#define GQA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { GQA_MAX_DIMS = 64 };
+
+enum gqa_status {
+    GQA_OK,
+    GQA_BAD_ARGUMENT, /* a shape, dtype or value breaks the contract */
+    GQA_NO_MEMORY,
+    GQA_INTERRUPTED, /* gqa_poll said stop; outputs hold garbage */
+};
+
+enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL };
+
+/* Any strided array.  data == NULL says the argument is absent. */
+struct gqa_array {
+    char *data;
+    enum gqa_dtype dtype;
+    bool swapped; /* bytes lie in the other order than this machine's */
+    int ndim;
+    int64_t shape[GQA_MAX_DIMS];
+    int64_t strides[GQA_MAX_DIMS]; /* bytes, any sign, zero, any alignment */
+};
+
+/* Asked every few milliseconds by the calling thread only; true = give up. */
+struct gqa_poll {
+    bool (*stop)(void *arg); /* NULL = never */
+    void *arg;
+};
+
+enum gqa_alignment { GQA_UPPER_LEFT, GQA_LOWER_RIGHT };
+
+/* Attention of query heads h over key/value heads h / (Hq / Hkv).  Leading
+ * dimensions broadcast as in np.matmul; two dimensions mean one head. */
+struct gqa_attention {
+    struct gqa_array query; /* (..., Hq, Sq, D) float32 or float64 */
+    struct gqa_array key;   /* (..., Hkv, Sk, D) */
+    struct gqa_array value; /* (..., Hkv, Sk, Dv) */
+    struct gqa_array mask;  /* broadcasts to (..., Hq, Sq, Sk); bool or float; or absent */
+    struct gqa_array out;   /* (..., Hq, Sq, Dv), query's dtype; same memory as query or disjoint */
+    struct gqa_array lse;   /* (..., Hq, Sq) float32, or float64 beside float64; or absent */
+    double scale;           /* used when has_scale, else 1 / sqrt(D) */
+    bool has_scale;
+    bool grouped; /* false: Hq must equal Hkv */
+    bool causal;
+    enum gqa_alignment alignment;
+};
+
+/* Checks everything but out and lse, and gives the shape of out; lse has the same less the last. */
+enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim,
+                                    int64_t shape[GQA_MAX_DIMS]);
+enum gqa_status gqa_attention_run(const struct gqa_attention *problem, struct gqa_poll poll);
+
+/* Pools the heads of one projection.  Seen along axis, weight is (num_heads * head_dim)
+ * slices and out (num_kv_heads * head_dim); out head g is the weighted mean of
+ * weight's heads members[g], summed in double and rounded once. */
+struct gqa_pool_heads {
+    struct gqa_array weight; /* any float dtype */
+    struct gqa_array out;    /* weight's shape and dtype but for axis; disjoint */
+    int axis;
+    int64_t num_heads, num_kv_heads, members_per_head;
+    const int64_t *members; /* (num_kv_heads, members_per_head) */
+    const double *weights;  /* (num_kv_heads, members_per_head), each row summing to 1; NULL = plain mean */
+};
+enum gqa_status gqa_pool_heads_run(const struct gqa_pool_heads *problem, struct gqa_poll poll);
+
+/* Which kernels run.  Names come best first, ended by NULL: those this CPU and OS can run. */
+const char *const *gqa_isa_available(void);
+const char *gqa_isa_current(void);
+enum gqa_status gqa_isa_use(const char *name); /* process-wide; GQA_BAD_ARGUMENT when not available */
+
+/* Threads that one call may use, the caller among them. */
+int gqa_get_num_threads(void);
+void gqa_set_num_threads(int count); /* at least 1 */
+
+#endif
