@@ -1,0 +1,75 @@
+/* kernels.h: the seam.  One table of kernels per instruction set and arithmetic
+ * type; everything irregular has become plain data before it comes here.
+ *
+ * "real" is float or double; a table says which by real_size.  Pointers are void
+ * so that one driver serves both.  Strides count reals.  Kernels cannot fail,
+ * never allocate, and touch only what the shapes below say; every buffer that is
+ * not a row of the caller's arrays comes from scratch and is padded to whole vectors.
+ *
+ * Two forms share the table.  Many query rows lie in lanes: c = K Q^T, then O^T = V^T P^T,
+ * both by `outer`.  Few rows: `dot` puts keys in lanes, then `outer` value dims.
+ * `rows` is true where a statistic belongs to a row of c (few), false where to a lane.
+ * Filled by kernels_tmpl.h, chosen by dispatch.c, called by tile.c and merge.c. */
+#ifndef GQA_KERNELS_H
+#define GQA_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+enum { GQA_KEY_TILE = 128 }; /* keys that share one score tile */
+
+/* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL. */
+typedef void gqa_outer(void *c,           /* (n, lanes), row stride c_stride */
+                       ptrdiff_t c_stride,
+                       const void *scale, /* (lanes,) or NULL: c is written only */
+                       const void *a,     /* (count, lanes), row stride a_stride */
+                       ptrdiff_t a_stride, int lanes,
+                       const void *b,     /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
+                       ptrdiff_t b_n, ptrdiff_t b_t, int n, int count);
+
+struct gqa_kernels {
+    size_t real_size;
+    int lanes;    /* reals in a vector: what "padded" rounds to */
+    int row_tile; /* query rows that lie in lanes together, a multiple of lanes */
+    int few_rows; /* up to this many rows of a sequence take the few-rows form */
+
+    gqa_outer *outer;
+    gqa_outer *outer_careful; /* the same, but a product with a factor 0 is dropped, even 0 * NaN */
+
+    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */
+    void (*dot)(void *s,       /* (rows, keys), row stride GQA_KEY_TILE */
+                const void *q, /* (rows, head_dim), row stride q_stride, zero-padded */
+                ptrdiff_t q_stride, int rows,
+                const void *k, /* (keys, head_dim), row stride k_stride */
+                ptrdiff_t k_stride, int keys, int head_dim);
+
+    /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each
+     * row take them in; alpha = exp(old m - new m).  Key j of a row is live when lo <= j < hi
+     * and its bias is above -inf; the others are dropped by selection and weigh exactly 0.
+     * lo NULL: every key is live.  bias NULL: none. */
+    void (*soften_lanes)(void *s,          /* (keys, lanes), row stride row_tile */
+                         const void *bias, /* the same shape */
+                         const void *lo, const void *hi, /* (lanes,) */
+                         int lanes, int keys, void *m, void *l, void *alpha /* (lanes,) each */);
+    void (*soften_rows)(void *s,           /* (rows, keys), row stride GQA_KEY_TILE */
+                        const void *bias,  /* the same shape */
+                        const void *lo, const void *hi, /* (rows,) */
+                        int rows, int keys, void *m, void *l, void *alpha /* (rows,) each */);
+
+    /* Joins the statistics of two disjoint key sets into (m, l); weight and other_weight are what
+     * their outputs count in the whole. */
+    void (*join)(void *m, void *l, const void *other_m, const void *other_l, void *weight, void *other_weight,
+                 int lanes); /* (lanes,) each, padded */
+
+    /* c = c * weight + d * other_weight; d NULL: c * weight. */
+    void (*blend)(void *c, const void *d, ptrdiff_t stride, int n, int lanes, const void *weight,
+                  const void *other_weight, bool rows);
+
+    /* c = c / l, and 0 where l is 0. */
+    void (*divide)(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows);
+
+    /* Whether all of x (n, width) is finite. */
+    bool (*finite)(const void *x, ptrdiff_t stride, int n, int width);
+};
+
+#endif

@@ -1,0 +1,292 @@
+/* kernels_tmpl.h: THE algorithm, once.  An isa file includes a vocabulary from simd/,
+ * defines KERNELS (the name of the table) and includes this; what each kernel
+ * promises stands in kernels.h.
+ *
+ * A lane's result never depends on its neighbours or on how many there are, and
+ * sums over keys run in key order, tile by tile: that is what makes results the
+ * same bits however rows and tiles are grouped. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "math_tmpl.h"
+
+/* Blocks are inlined into loops that fix their sizes, so that a block's sums stay in registers. */
+#define BLOCK static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+/* ---- outer: rank-1 updates ---- */
+
+/* One block of c: `columns` rows of `vectors` vectors; the last vector has only `rest` lanes when rest > 0. */
+BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
+                       const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t,
+                       const int columns, int count) {
+    vec sum[COLUMNS][ROW_VECTORS];
+    UNROLL for (int n = 0; n < columns; n++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
+    for (ptrdiff_t t = 0; t < count; t++) {
+        vec x[ROW_VECTORS];
+        UNROLL for (int v = 0; v < vectors; v++)
+            x[v] = rest ? vload_n(a + t * a_stride, rest) : vload(a + t * a_stride + v * LANES);
+        UNROLL for (int n = 0; n < columns; n++) {
+            const vec y = vset(b[n * b_n + t * b_t]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
+        }
+    }
+    UNROLL for (int n = 0; n < columns; n++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            real *to = c + n * c_stride + v * LANES;
+            vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
+        }
+}
+
+/* All n rows of c for one strip of lanes; whichever of b's strides is 1 becomes a constant. */
+BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
+                       const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n,
+                       int count) {
+    UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
+        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
+            if (b_t == 1)
+                outer_block(c, c_stride, scale, a, a_stride, vectors, rest, b, b_n, 1, columns, count);
+            else
+                outer_block(c, c_stride, scale, a, a_stride, vectors, rest, b, 1, b_t, columns, count);
+        }
+}
+
+static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
+                  const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+    int lane = 0;
+    const real *unit = scale;
+    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--)
+        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
+            outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride,
+                        vectors, 0, b, b_n, b_t, n, count);
+    if (lane < lanes)
+        outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride, 1,
+                    lanes - lane, b, b_n, b_t, n, count);
+}
+
+static vec careful_sum(const real *a, ptrdiff_t a_stride, int rest, const real *b, ptrdiff_t b_t, int count) {
+    vec sum = vset(0);
+    for (ptrdiff_t t = 0; t < count; t++) {
+        const real y = b[t * b_t];
+        const vec x = rest < LANES ? vload_n(a + t * a_stride, rest) : vload(a + t * a_stride);
+        const vec with = vfma(x, vset(y), sum);
+        sum = y == 0 ? sum : vselect(veq(x, vset(0)), sum, with);
+    }
+    return sum;
+}
+
+static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, const void *a_, ptrdiff_t a_stride,
+                          int lanes, const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+    const real *a = a_, *b = b_, *scale = scale_;
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane += LANES) {
+            real *to = (real *)c_ + i * c_stride + lane;
+            const vec sum = careful_sum(a + lane, a_stride, lanes - lane, b + i * b_n, b_t, count);
+            vstore(to, scale ? vfma(vload(to), vload(scale + lane), sum) : sum);
+        }
+}
+
+/* ---- dot: few rows against keys as they lie ---- */
+
+enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
+
+BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const real *const k[DOT_KEYS],
+                     int head_dim) {
+    vec sum[DOT_ROWS][DOT_KEYS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
+    for (int t = 0; t < head_dim; t += LANES) {
+        vec x[DOT_KEYS];
+        UNROLL for (int j = 0; j < DOT_KEYS; j++)
+            x[j] = head_dim - t < LANES ? vload_n(k[j] + t, head_dim - t) : vload(k[j] + t);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const vec y = vload(q + r * q_stride + t);
+            UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vfma(x[j], y, sum[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+
+static void dot(void *s_, const void *q_, ptrdiff_t q_stride, int rows, const void *k_, ptrdiff_t k_stride, int keys,
+                int head_dim) {
+    for (int j = 0; j < keys; j += DOT_KEYS) {
+        const real *k[DOT_KEYS]; /* past the last key: the last again, into scores nobody reads */
+        for (int i = 0; i < DOT_KEYS; i++) k[i] = (const real *)k_ + (j + i < keys ? j + i : keys - 1) * k_stride;
+        real *s = (real *)s_ + j;
+        const real *q = q_;
+        int left = rows;
+        UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
+            for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride)
+                dot_block(s, q, q_stride, block, k, head_dim);
+    }
+}
+
+/* ---- soften: scores to weights ---- */
+
+/* A score after its bias, or -inf where it is dropped. */
+BLOCK vec finished(vec s, const real *bias, vec j, vec lo, vec hi) {
+    const vec never = vset(-INFINITY);
+    if (bias) {
+        const vec b = vload(bias);
+        s = vselect(veq(b, never), never, vadd(s, b));
+    }
+    return vselect(vlt(j, lo), never, vselect(vlt(j, hi), s, never));
+}
+
+/* The maximum to subtract: 0 for a row that has only -inf, so that its weights are exp(-inf) = 0. */
+BLOCK vec shift_of(vec m) { return vselect(veq(m, vset(-INFINITY)), vset(0), m); }
+
+BLOCK vec finish_lanes(real *s, const real *bias, vec lo, vec hi, int keys, vec m, const bool all_live) {
+    for (int j = 0; j < keys; j++) {
+        vec x = vload(s + j * ROW_TILE);
+        if (!all_live) {
+            x = finished(x, bias ? bias + j * ROW_TILE : NULL, vset((real)j), lo, hi);
+            vstore(s + j * ROW_TILE, x);
+        }
+        m = vmax(x, m); /* in this order NaN is left to the sum */
+    }
+    return m;
+}
+
+static void soften_lanes(void *s_, const void *bias_, const void *lo_, const void *hi_, int lanes, int keys, void *m_,
+                         void *l_, void *alpha_) {
+    const real *bias = bias_, *lo = lo_, *hi = hi_;
+    for (int lane = 0; lane < lanes; lane += LANES) {
+        real *s = (real *)s_ + lane, *m = (real *)m_ + lane, *l = (real *)l_ + lane;
+        const vec old = vload(m), zero = vset(0);
+        const vec top = lo || bias ? finish_lanes(s, bias ? bias + lane : NULL, lo ? vload(lo + lane) : zero,
+                                                  hi ? vload(hi + lane) : vset(GQA_KEY_TILE), keys, old, false)
+                                   : finish_lanes(s, NULL, zero, zero, keys, old, true);
+        const vec shift = shift_of(top), fade = vexp(vsub(old, shift));
+        vec sum = zero;
+        for (int j = 0; j < keys; j++) {
+            const vec p = vexp(vsub(vload(s + j * ROW_TILE), shift));
+            vstore(s + j * ROW_TILE, p);
+            sum = vadd(sum, p);
+        }
+        vstore(m, top);
+        vstore(l, vfma(vload(l), fade, sum));
+        vstore((real *)alpha_ + lane, fade);
+    }
+}
+
+static real largest(vec x) {
+    real part[LANES], most;
+    vstore(part, x);
+    most = part[0];
+    for (int i = 1; i < LANES; i++) most = part[i] > most ? part[i] : most;
+    return most;
+}
+
+static real total(vec x) {
+    real sums[4];
+    vstore_sums(sums, x, x, x, x);
+    return sums[0];
+}
+
+BLOCK void soften_row(real *s, const real *bias, real lo, real hi, int keys, real *m, real *l, real *alpha) {
+    const vec old = vset(*m);
+    vec top = old, sum = vset(0);
+    for (int j = 0; j < keys; j += LANES) {
+        const vec x = finished(vload(s + j), bias ? bias + j : NULL, vadd(vset((real)j), viota()), vset(lo), vset(hi));
+        vstore(s + j, x);
+        top = vmax(x, top);
+    }
+    top = vset(largest(top));
+    const vec shift = shift_of(top);
+    for (int j = 0; j < keys; j += LANES) {
+        const vec p = vexp(vsub(vload(s + j), shift));
+        vstore(s + j, p);
+        sum = vadd(sum, p);
+    }
+    const real fade = largest(vexp(vsub(old, shift)));
+    *m = largest(top);
+    *l = *l * fade + total(sum);
+    *alpha = fade;
+}
+
+static void soften_rows(void *s, const void *bias, const void *lo, const void *hi, int rows, int keys, void *m, void *l,
+                        void *alpha) {
+    for (int r = 0; r < rows; r++)
+        soften_row((real *)s + r * GQA_KEY_TILE, bias ? (const real *)bias + r * GQA_KEY_TILE : NULL,
+                   lo ? ((const real *)lo)[r] : 0, hi ? ((const real *)hi)[r] : (real)keys, keys, (real *)m + r,
+                   (real *)l + r, (real *)alpha + r);
+}
+
+/* ---- join, blend, divide: putting parts together ---- */
+
+static void join(void *m_, void *l_, const void *other_m, const void *other_l, void *weight, void *other_weight,
+                 int lanes) {
+    for (int lane = 0; lane < lanes; lane += LANES) {
+        real *m = (real *)m_ + lane, *l = (real *)l_ + lane;
+        const vec mine = vload(m), other = vload((const real *)other_m + lane);
+        const vec top = vmax(mine, other), shift = shift_of(top);
+        const vec w = vexp(vsub(mine, shift)), other_w = vexp(vsub(other, shift));
+        vstore(m, top);
+        vstore(l, vfma(vload((const real *)other_l + lane), other_w, vmul(vload(l), w)));
+        vstore((real *)weight + lane, w);
+        vstore((real *)other_weight + lane, other_w);
+    }
+}
+
+/* The statistic that belongs to row i, or to the vector at lane. */
+BLOCK vec statistic(const void *x, int i, int lane, bool rows) {
+    return rows ? vset(((const real *)x)[i]) : vload((const real *)x + lane);
+}
+
+static void blend(void *c, const void *d, ptrdiff_t stride, int n, int lanes, const void *weight,
+                  const void *other_weight, bool rows) {
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane += LANES) {
+            real *to = (real *)c + i * stride + lane;
+            vec x = vmul(vload(to), statistic(weight, i, lane, rows));
+            if (d)
+                x = vfma(vload((const real *)d + i * stride + lane), statistic(other_weight, i, lane, rows), x);
+            vstore(to, x);
+        }
+}
+
+static void divide(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows) {
+    const vec zero = vset(0);
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane += LANES) {
+            real *to = (real *)c + i * stride + lane;
+            const vec by = statistic(l, i, lane, rows);
+            vstore(to, vselect(veq(by, zero), zero, vdiv(vload(to), by)));
+        }
+}
+
+static bool finite(const void *x, ptrdiff_t stride, int n, int width) {
+    vec seen = vset(0); /* 0 * x is NaN unless x is finite */
+    for (int i = 0; i < n; i++)
+        for (int t = 0; t < width; t += LANES) {
+            const real *from = (const real *)x + i * stride + t;
+            seen = vfma(width - t < LANES ? vload_n(from, width - t) : vload(from), vset(0), seen);
+        }
+    return total(seen) == 0;
+}
+
+const struct gqa_kernels KERNELS = {
+    .real_size = sizeof(real),
+    .lanes = LANES,
+    .row_tile = ROW_TILE,
+    .few_rows = FEW_ROWS,
+    .outer = outer,
+    .outer_careful = outer_careful,
+    .dot = dot,
+    .soften_lanes = soften_lanes,
+    .soften_rows = soften_rows,
+    .join = join,
+    .blend = blend,
+    .divide = divide,
+    .finite = finite,
+};

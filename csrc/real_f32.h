@@ -1,0 +1,16 @@
+/* real_f32.h: single precision for the templates: the type and the constants of exp. */
+#ifndef GQA_REAL_H
+#define GQA_REAL_H
+
+#include <math.h>
+
+typedef float real;
+
+#define REAL(x) x##f
+#define EXP_MIN REAL(-87.9) /* rounds to 2^-127, whose bits are those of 0 */
+#define LN2_HIGH REAL(0.693359375)
+#define LN2_LOW REAL(-2.12194440e-4)
+/* (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, Chebyshev fit, relative error 8e-9; highest power first */
+#define EXP_TERMS {1.3926213e-3f, 8.363203e-3f, 4.1666556e-2f, 1.6666576e-1f, 0.5f}
+
+#endif

@@ -1,0 +1,18 @@
+/* real_f64.h: double precision for the templates: the type and the constants of exp. */
+#ifndef GQA_REAL_H
+#define GQA_REAL_H
+
+#include <math.h>
+
+typedef double real;
+
+#define REAL(x) x
+#define EXP_MIN REAL(-708.9) /* rounds to 2^-1023, whose bits are those of 0 */
+#define LN2_HIGH REAL(0.693145751953125)
+#define LN2_LOW REAL(1.42860682030941723212e-6)
+/* (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, Chebyshev fit, relative error 2e-17; highest power first */
+#define EXP_TERMS                                                                                                      \
+    {2.5100424157005067e-08, 2.7620138719733994e-07, 2.7557268378684192e-06, 2.480152119021773e-05, 1.9841269863105968e-04, \
+     1.3888888917281794e-03, 8.333333333330051e-03, 4.166666666662399e-02, 1.6666666666666669e-01, 0.5}
+
+#endif

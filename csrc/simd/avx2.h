@@ -1,0 +1,39 @@
+/* avx2.h: the vocabulary in AVX2 and FMA words, 8 floats a vector.
+ * Every vocabulary file defines the same words in the same order. */
+#include "../real_f32.h"
+
+enum { LANES = 8, ROW_VECTORS = 3, COLUMNS = 4, DOT_ROWS = 2, ROW_TILE = 24, FEW_ROWS = 8 };
+
+typedef __m256 vec;
+typedef __m256 mask;
+
+static inline vec vset(real x) { return _mm256_set1_ps(x); }
+static inline vec viota(void) { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+static inline vec vload(const real *p) { return _mm256_loadu_ps(p); }
+static inline vec vload_n(const real *p, int n) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+}
+static inline void vstore(real *p, vec x) { _mm256_storeu_ps(p, x); }
+
+static inline vec vadd(vec a, vec b) { return _mm256_add_ps(a, b); }
+static inline vec vsub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+static inline vec vmul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+static inline vec vdiv(vec a, vec b) { return _mm256_div_ps(a, b); }
+static inline vec vfma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where either is NaN */
+
+static inline mask vlt(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+static inline mask veq(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline vec vselect(mask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
+
+static inline vec vround(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec vpow2(vec n) { /* n integral, -127 (giving 0) to 127 */
+    __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
+    __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}

@@ -1,0 +1,38 @@
+/* avx512.h: the vocabulary in AVX-512F/DQ/VL words, 16 floats a vector.
+ * Every vocabulary file defines the same words in the same order. */
+#include "../real_f32.h"
+
+enum { LANES = 16, ROW_VECTORS = 3, COLUMNS = 8, DOT_ROWS = 4, ROW_TILE = 48, FEW_ROWS = 8 };
+
+typedef __m512 vec;
+typedef __mmask16 mask;
+
+static inline vec vset(real x) { return _mm512_set1_ps(x); }
+static inline vec viota(void) { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+static inline vec vload(const real *p) { return _mm512_loadu_ps(p); }
+static inline vec vload_n(const real *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p); }
+static inline void vstore(real *p, vec x) { _mm512_storeu_ps(p, x); }
+
+static inline vec vadd(vec a, vec b) { return _mm512_add_ps(a, b); }
+static inline vec vsub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+static inline vec vmul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+static inline vec vdiv(vec a, vec b) { return _mm512_div_ps(a, b); }
+static inline vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where either is NaN */
+
+static inline mask vlt(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+static inline mask veq(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline vec vselect(mask m, vec a, vec b) { return _mm512_mask_blend_ps(m, b, a); }
+
+static inline vec vround(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec vpow2(vec n) { /* n integral, -127 (giving 0) to 127 */
+    __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+
+static inline __m256 vhalves(vec x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
+    __m256 ab = _mm256_hadd_ps(vhalves(a), vhalves(b)), cd = _mm256_hadd_ps(vhalves(c), vhalves(d));
+    __m256 abcd = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}

@@ -1,0 +1,38 @@
+/* avx512_f64.h: the vocabulary in AVX-512F/DQ/VL words, 8 doubles a vector.
+ * Every vocabulary file defines the same words in the same order. */
+#include "../real_f64.h"
+
+enum { LANES = 8, ROW_VECTORS = 3, COLUMNS = 8, DOT_ROWS = 4, ROW_TILE = 24, FEW_ROWS = 8 };
+
+typedef __m512d vec;
+typedef __mmask8 mask;
+
+static inline vec vset(real x) { return _mm512_set1_pd(x); }
+static inline vec viota(void) { return _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7); }
+static inline vec vload(const real *p) { return _mm512_loadu_pd(p); }
+static inline vec vload_n(const real *p, int n) { return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1u), p); }
+static inline void vstore(real *p, vec x) { _mm512_storeu_pd(p, x); }
+
+static inline vec vadd(vec a, vec b) { return _mm512_add_pd(a, b); }
+static inline vec vsub(vec a, vec b) { return _mm512_sub_pd(a, b); }
+static inline vec vmul(vec a, vec b) { return _mm512_mul_pd(a, b); }
+static inline vec vdiv(vec a, vec b) { return _mm512_div_pd(a, b); }
+static inline vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+static inline vec vmax(vec a, vec b) { return _mm512_max_pd(a, b); } /* b where either is NaN */
+
+static inline mask vlt(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
+static inline mask veq(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
+static inline vec vselect(mask m, vec a, vec b) { return _mm512_mask_blend_pd(m, b, a); }
+
+static inline vec vround(vec x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec vpow2(vec n) { /* n integral, -1023 (giving 0) to 1023 */
+    __m512i biased = _mm512_add_epi64(_mm512_cvtpd_epi64(n), _mm512_set1_epi64(1023));
+    return _mm512_castsi512_pd(_mm512_slli_epi64(biased, 52));
+}
+
+static inline __m256d vhalves(vec x) { return _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1)); }
+static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
+    __m256d ab = _mm256_hadd_pd(vhalves(a), vhalves(b)), cd = _mm256_hadd_pd(vhalves(c), vhalves(d));
+    __m256d low = _mm256_permute2f128_pd(ab, cd, 0x20), high = _mm256_permute2f128_pd(ab, cd, 0x31);
+    _mm256_storeu_pd(p, _mm256_add_pd(low, high));
+}

@@ -1,0 +1,38 @@
+/* neon.h: the vocabulary in AArch64 NEON words, 4 floats a vector.
+ * Every vocabulary file defines the same words in the same order. */
+#include "../real_f32.h"
+
+enum { LANES = 4, ROW_VECTORS = 3, COLUMNS = 8, DOT_ROWS = 4, ROW_TILE = 24, FEW_ROWS = 8 };
+
+typedef float32x4_t vec;
+typedef uint32x4_t mask;
+
+static inline vec vset(real x) { return vdupq_n_f32(x); }
+static inline vec viota(void) { return (vec){0, 1, 2, 3}; }
+static inline vec vload(const real *p) { return vld1q_f32(p); }
+static inline vec vload_n(const real *p, int n) {
+    real part[4] = {p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0};
+    return vld1q_f32(part);
+}
+static inline void vstore(real *p, vec x) { vst1q_f32(p, x); }
+
+static inline vec vadd(vec a, vec b) { return vaddq_f32(a, b); }
+static inline vec vsub(vec a, vec b) { return vsubq_f32(a, b); }
+static inline vec vmul(vec a, vec b) { return vmulq_f32(a, b); }
+static inline vec vdiv(vec a, vec b) { return vdivq_f32(a, b); }
+static inline vec vfma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+static inline vec vmax(vec a, vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); } /* b where either is NaN */
+
+static inline mask vlt(vec a, vec b) { return vcltq_f32(a, b); }
+static inline mask veq(vec a, vec b) { return vceqq_f32(a, b); }
+static inline vec vselect(mask m, vec a, vec b) { return vbslq_f32(m, a, b); }
+
+static inline vec vround(vec x) { return vrndnq_f32(x); }
+static inline vec vpow2(vec n) { /* n integral, -127 (giving 0) to 127 */
+    int32x4_t biased = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
+}
+
+static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
+    vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
