@@ -24,15 +24,14 @@
 
 #include "gqa.h"
 
-struct module_state {
+struct state {
     int bfloat16; /* the type number that NumPy gave ml_dtypes.bfloat16 in this process */
 };
 
 /* ---- refusals ---- */
 
 /* gqa_ext._explain.<call>(*args), which raises.  Always NULL. */
-static PyObject *
-explain(const char *call, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *explain(const char *call, PyObject *const *args, Py_ssize_t nargs)
 {
     PyObject *module = PyImport_ImportModule("gqa_ext._explain");
     PyObject *function = module ? PyObject_GetAttrString(module, call) : NULL;
@@ -46,8 +45,7 @@ explain(const char *call, PyObject *const *args, Py_ssize_t nargs)
 }
 
 /* The exception for a status other than GQA_OK.  Always NULL. */
-static PyObject *
-refuse(enum gqa_status status, const char *call, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *refuse(enum gqa_status status, const char *call, PyObject *const *args, Py_ssize_t nargs)
 {
     if (PyErr_Occurred()) /* interrupted, or NumPy could not allocate */
         return NULL;
@@ -58,8 +56,7 @@ refuse(enum gqa_status status, const char *call, PyObject *const *args, Py_ssize
 
 /* ---- converters: false (and no exception) where the object is not what it must be ---- */
 
-static bool
-to_dtype(const struct module_state *state, int number, enum gqa_dtype *dtype)
+static bool to_dtype(const struct state *state, int number, enum gqa_dtype *dtype)
 {
     switch (number) {
     case NPY_FLOAT: *dtype = GQA_FLOAT32; return true;
@@ -70,8 +67,7 @@ to_dtype(const struct module_state *state, int number, enum gqa_dtype *dtype)
     }
 }
 
-static bool
-to_array(const struct module_state *state, PyObject *object, struct gqa_array *array)
+static bool to_array(const struct state *state, PyObject *object, struct gqa_array *array)
 {
     if (!PyArray_CheckExact(object))
         return false;
@@ -86,49 +82,32 @@ to_array(const struct module_state *state, PyObject *object, struct gqa_array *a
     return to_dtype(state, PyArray_TYPE(source), &array->dtype);
 }
 
-static bool
-to_optional_array(const struct module_state *state, PyObject *object, struct gqa_array *array)
+static bool to_optional_array(const struct state *state, PyObject *object, struct gqa_array *array)
 {
     array->data = NULL;
     return object == Py_None || to_array(state, object, array);
 }
 
-static bool
-to_writable_array(const struct module_state *state, PyObject *object, struct gqa_array *array)
+static bool to_writable_array(const struct state *state, PyObject *object, struct gqa_array *array)
 {
     return to_array(state, object, array) && PyArray_ISWRITEABLE((PyArrayObject *)object);
 }
 
-static bool
-to_bool(PyObject *object, bool *flag)
+static bool to_bool(PyObject *object, bool *flag)
 {
     *flag = object == Py_True;
     return PyBool_Check(object);
 }
 
-static bool
-to_int64(PyObject *object, int64_t *number)
+static bool to_int(PyObject *object, int *number)
 {
-    *number = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
-    if (PyErr_Occurred()) {
-        PyErr_Clear();
-        return false;
-    }
-    return PyLong_Check(object);
-}
-
-static bool
-to_int(PyObject *object, int *number)
-{
-    int64_t wide;
-    if (!to_int64(object, &wide) || wide < INT_MIN || wide > INT_MAX)
-        return false;
+    int overflow = 0;
+    long wide = PyLong_Check(object) ? PyLong_AsLongAndOverflow(object, &overflow) : 0;
     *number = (int)wide;
-    return true;
+    return PyLong_Check(object) && !overflow && wide >= INT_MIN && wide <= INT_MAX;
 }
 
-static bool
-to_optional_double(PyObject *object, double *number, bool *given)
+static bool to_optional_double(PyObject *object, double *number, bool *given)
 {
     *given = object != Py_None;
     *number = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : 0;
@@ -136,8 +115,7 @@ to_optional_double(PyObject *object, double *number, bool *given)
 }
 
 /* The items of a C-contiguous (rows, columns) array of one native type. */
-static bool
-to_table(PyObject *object, int type, int64_t *rows, int64_t *columns, const void **items)
+static bool to_table(PyObject *object, int type, int64_t *rows, int64_t *columns, const void **items)
 {
     if (!PyArray_CheckExact(object))
         return false;
@@ -153,8 +131,8 @@ to_table(PyObject *object, int type, int64_t *rows, int64_t *columns, const void
 /* ---- results ---- */
 
 /* A new C-contiguous array of native byte order, also described in *array. */
-static PyObject *
-new_array(const struct module_state *state, int ndim, const int64_t *shape, int type, struct gqa_array *array)
+static PyObject *new_array(const struct state *state, int ndim, const int64_t *shape, int type,
+                           struct gqa_array *array)
 {
     npy_intp dims[GQA_MAX_DIMS];
     for (int i = 0; i < ndim; i++)
@@ -174,8 +152,7 @@ struct released {
 
 /* Only this thread runs signal handlers.  Any other one must not take the GIL in the middle of a job:
  * a daemon thread that asks for it while the interpreter exits never comes back. */
-static bool
-on_main_thread(void)
+static bool on_main_thread(void)
 {
 #if defined(__linux__)
     return syscall(SYS_gettid) == getpid();
@@ -186,8 +163,7 @@ on_main_thread(void)
 #endif
 }
 
-static bool
-stop_on_signal(void *arg)
+static bool stop_on_signal(void *arg)
 {
     struct released *gil = arg;
     if (gil->raised)
@@ -198,16 +174,14 @@ stop_on_signal(void *arg)
     return gil->raised;
 }
 
-static struct gqa_poll
-release_gil(struct released *gil)
+static struct gqa_poll release_gil(struct released *gil)
 {
     gil->raised = false;
     gil->thread = PyEval_SaveThread();
     return (struct gqa_poll){on_main_thread() ? stop_on_signal : NULL, gil};
 }
 
-static enum gqa_status
-take_gil(struct released *gil, enum gqa_status status)
+static enum gqa_status take_gil(struct released *gil, enum gqa_status status)
 {
     PyEval_RestoreThread(gil->thread);
     return gil->raised ? GQA_INTERRUPTED : status;
@@ -217,8 +191,7 @@ take_gil(struct released *gil, enum gqa_status status)
 
 enum { QUERY, KEY, VALUE, MASK, CAUSAL, ALIGNMENT, SCALE, GROUPED, OUT, WANT_LSE, ATTENTION_ARGS };
 
-static bool
-to_attention(const struct module_state *state, PyObject *const *args, struct gqa_attention *problem)
+static bool to_attention(const struct state *state, PyObject *const *args, struct gqa_attention *problem)
 {
     int alignment;
     if (!to_int(args[ALIGNMENT], &alignment) || (alignment != GQA_UPPER_LEFT && alignment != GQA_LOWER_RIGHT))
@@ -230,10 +203,9 @@ to_attention(const struct module_state *state, PyObject *const *args, struct gqa
         && to_optional_double(args[SCALE], &problem->scale, &problem->has_scale);
 }
 
-/* Fills problem->out and ->lse from new arrays, or from the caller's out.  New references in *out, *lse. */
-static enum gqa_status
-attention_outputs(const struct module_state *state, PyObject *const *args, struct gqa_attention *problem,
-                  PyObject **out, PyObject **lse)
+/* Describes the caller's out or a new one, and a new lse if wanted.  New references in *out, *lse. */
+static enum gqa_status attention_outputs(const struct state *state, PyObject *const *args,
+                                         struct gqa_attention *problem, PyObject **out, PyObject **lse)
 {
     int ndim;
     int64_t shape[GQA_MAX_DIMS];
@@ -254,10 +226,9 @@ attention_outputs(const struct module_state *state, PyObject *const *args, struc
     return *out && (*lse || !want_lse) ? GQA_OK : GQA_NO_MEMORY;
 }
 
-static PyObject *
-attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    const struct module_state *state = PyModule_GetState(module);
+    const struct state *state = PyModule_GetState(module);
     struct gqa_attention problem;
     struct released gil;
     PyObject *out = NULL, *lse = NULL, *result = NULL;
@@ -285,12 +256,13 @@ done:
 
 enum { WEIGHT, POOLED, AXIS, NUM_HEADS, MEMBERS, SHARES, POOL_ARGS };
 
-static bool
-to_pool_heads(const struct module_state *state, PyObject *const *args, struct gqa_pool_heads *problem)
+static bool to_pool_heads(const struct state *state, PyObject *const *args, struct gqa_pool_heads *problem)
 {
+    int num_heads;
     int64_t rows, columns;
     const void *members, *shares = NULL;
-    if (!to_table(args[MEMBERS], NPY_INT64, &problem->num_kv_heads, &problem->members_per_head, &members))
+    if (!to_int(args[AXIS], &problem->axis) || !to_int(args[NUM_HEADS], &num_heads)
+        || !to_table(args[MEMBERS], NPY_INT64, &problem->num_kv_heads, &problem->members_per_head, &members))
         return false;
     if (args[SHARES] != Py_None
         && (!to_table(args[SHARES], NPY_DOUBLE, &rows, &columns, &shares) || rows != problem->num_kv_heads
@@ -298,12 +270,11 @@ to_pool_heads(const struct module_state *state, PyObject *const *args, struct gq
         return false;
     problem->members = members;
     problem->weights = shares;
-    return to_array(state, args[WEIGHT], &problem->weight) && to_writable_array(state, args[POOLED], &problem->out)
-        && to_int(args[AXIS], &problem->axis) && to_int64(args[NUM_HEADS], &problem->num_heads);
+    problem->num_heads = num_heads;
+    return to_array(state, args[WEIGHT], &problem->weight) && to_writable_array(state, args[POOLED], &problem->out);
 }
 
-static PyObject *
-pool_heads(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *pool_heads(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     struct gqa_pool_heads problem;
     struct released gil;
@@ -320,8 +291,7 @@ done:
 
 /* ---- which kernels, how many threads ---- */
 
-static PyObject *
-isa_available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+static PyObject *isa_available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     const char *const *names = gqa_isa_available();
     Py_ssize_t count = 0;
@@ -338,14 +308,12 @@ isa_available(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
     return result;
 }
 
-static PyObject *
-isa_current(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+static PyObject *isa_current(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     return PyUnicode_FromString(gqa_isa_current());
 }
 
-static PyObject *
-isa_use(PyObject *Py_UNUSED(module), PyObject *name)
+static PyObject *isa_use(PyObject *Py_UNUSED(module), PyObject *name)
 {
     const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : NULL;
     if (!text || gqa_isa_use(text) != GQA_OK) {
@@ -355,14 +323,12 @@ isa_use(PyObject *Py_UNUSED(module), PyObject *name)
     Py_RETURN_NONE;
 }
 
-static PyObject *
-get_num_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+static PyObject *get_num_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     return PyLong_FromLong(gqa_get_num_threads());
 }
 
-static PyObject *
-set_num_threads(PyObject *Py_UNUSED(module), PyObject *number)
+static PyObject *set_num_threads(PyObject *Py_UNUSED(module), PyObject *number)
 {
     int count;
     if (!to_int(number, &count) || count < 1)
@@ -374,8 +340,7 @@ set_num_threads(PyObject *Py_UNUSED(module), PyObject *number)
 /* ---- the module ---- */
 
 /* NumPy numbers the types of other packages as they are registered, so the number is asked for. */
-static int
-find_bfloat16(struct module_state *state)
+static int find_bfloat16(struct state *state)
 {
     PyObject *ml_dtypes = PyImport_ImportModule("ml_dtypes");
     PyObject *type = ml_dtypes ? PyObject_GetAttrString(ml_dtypes, "bfloat16") : NULL;
@@ -388,8 +353,7 @@ find_bfloat16(struct module_state *state)
     return descr ? 0 : -1;
 }
 
-static int
-module_exec(PyObject *module)
+static int module_exec(PyObject *module)
 {
     if (PyArray_ImportNumPyAPI() < 0)
         return -1;
@@ -422,13 +386,12 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gqa_ext._core",
     .m_doc = "The C core of gqa_ext; private.",
-    .m_size = sizeof(struct module_state),
+    .m_size = sizeof(struct state),
     .m_methods = methods,
     .m_slots = slots,
 };
 
-PyMODINIT_FUNC
-PyInit__core(void)
+PyMODINIT_FUNC PyInit__core(void)
 {
     return PyModuleDef_Init(&definition);
 }
