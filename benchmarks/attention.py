@@ -1,0 +1,118 @@
+"""Measures gqa_ext against its peers: `python benchmarks/attention.py [--quick] [--only NAME] [--markdown]`.
+
+Every work of works.py, all its contenders interleaved in one run with the same number of threads over the same arrays;
+prints medians, rates, our speed over each contender's, and whether the floors of works.py are met.
+Needs the `bench` extra: `pip install ".[bench]"`. README.md beside this file says how the numbers are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import report
+from report import Measured, Result
+from timing import Bystanders, round_robin
+from works import WORKS, Work
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="attention, measured against its peers in one interleaved run")
+    parser.add_argument("--quick", action="store_true", help="three rounds instead of nine")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds; times are medians over them")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="only works with this in their name; repeatable"
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of every contender (default 2)")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
+    parser.add_argument("--coretype", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.rounds = args.repeats or (3 if args.quick else 9)
+    args.works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
+    if not args.works:
+        parser.error(f"--only {args.only}: no such work; there are: {'; '.join(work.name for work in WORKS)}")
+    return args
+
+
+def _pin_openblas(coretype: str | None) -> None:
+    """OpenBLAS reads its environment once, when NumPy is first imported: settle it before."""
+    assert "numpy" not in sys.modules
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+        os.environ.pop(name, None)
+    if coretype is not None:
+        os.environ["OPENBLAS_CORETYPE"] = coretype
+
+
+def _measure(work: Work, rounds: int, threads: int) -> Result:
+    import contenders
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+        built, absent = contenders.build(work, threads)
+        times = round_robin({name: contender.call for name, contender in built.items()}, rounds)
+    measured = {name: Measured(times[name], contender.amount, contender.note) for name, contender in built.items()}
+    return Result(work, measured, absent)
+
+
+def _measure_elsewhere(work: Work, rounds: int, threads: int) -> Result:
+    """In a process of its own, whose OpenBLAS is held to the work's core type."""
+    own = [sys.executable, str(Path(__file__)), "--json", "--only", work.name, "--coretype", str(work.coretype)]
+    options = ["--repeats", str(rounds), "--threads", str(threads)]
+    done = subprocess.run([*own, *options], check=True, stdout=subprocess.PIPE, text=True)
+    return report.from_json(json.loads(done.stdout))
+
+
+def _machine(threads: int) -> str:
+    """The line that says what was measured on what."""
+    import numpy
+    import threadpoolctl
+
+    blas = [pool for pool in threadpoolctl.threadpool_info() if "numpy" in pool["filepath"]]
+    kernels = ", ".join(f"{pool['internal_api']} {pool['architecture']}" for pool in blas)
+    versions = [f"numpy {numpy.__version__} ({kernels})"]
+    for package in ("gqa_ext", "torch", "onnxruntime"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} absent")
+    return f"{_cpu_name()}, {os.cpu_count()} cores, {threads} threads each; {'; '.join(versions)}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    """Measure, and print as it goes."""
+    args = _arguments()
+    _pin_openblas(args.coretype)
+    if args.json:
+        print(json.dumps(report.to_json(_measure(args.works[0], args.rounds, args.threads))))
+        return
+    print(_machine(args.threads), flush=True)
+    bystanders = Bystanders()
+    results = []
+    for work in args.works:
+        measure = _measure if work.coretype is None else _measure_elsewhere
+        results.append(measure(work, args.rounds, args.threads))
+        if not args.markdown:
+            print(f"\n{report.text(results[-1])}", flush=True)
+    if args.markdown:
+        print(f"\n{report.markdown(results)}")
+    share = bystanders.share()
+    if share is not None:
+        print(f"\n{args.rounds} rounds; other programs used {share:.0%} of the machine meanwhile")
+
+
+if __name__ == "__main__":
+    main()
