@@ -13,8 +13,7 @@
 #ifndef GQA_KERNELS_H
 #define GQA_KERNELS_H
 
-#include <stdbool.h>
-#include <stddef.h>
+#include "gqa.h"
 
 enum { GQA_KEY_TILE = 128 }; /* keys that share one score tile */
 
@@ -70,6 +69,15 @@ struct gqa_kernels {
 
     /* Whether all of x (n, width) is finite. */
     bool (*finite)(const void *x, ptrdiff_t stride, int n, int width);
+
+    /* n elements of an array, any dtype, step bytes apart, to reals.  A bool becomes what a mask
+     * adds: 0 for true, -inf for false. */
+    void (*load)(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
+                 int n);
+    /* n reals to an array of reals, step bytes apart. */
+    void (*store)(char *to, ptrdiff_t step, bool swapped, const void *from, ptrdiff_t from_stride, int n);
+    /* to[i * to_stride] = from[i] * scale */
+    void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
 };
 
 #endif

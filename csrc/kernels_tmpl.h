@@ -21,6 +21,8 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
+#include "load_tmpl.h"
+
 /* ---- outer: rank-1 updates ---- */
 
 /* One block of c: `columns` rows of `vectors` vectors; the last vector has only `rest` lanes when rest > 0. */
@@ -289,4 +291,7 @@ const struct gqa_kernels KERNELS = {
     .blend = blend,
     .divide = divide,
     .finite = finite,
+    .load = load,
+    .store = store,
+    .spread = spread,
 };

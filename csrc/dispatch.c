@@ -1,0 +1,78 @@
+/* dispatch.c: which instruction sets this CPU and OS can run, and which one runs.
+ *
+ * The list stands best first; adding an instruction set is its extern line and its row.
+ * Called by attention.c for the tables and by module.c for the names. */
+#include "dispatch.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+extern const struct gqa_kernels gqa_avx512_f32, gqa_avx512_f64, gqa_avx2_f32, gqa_avx2_f64;
+
+/* __builtin_cpu_supports also asks the OS (XGETBV) whether it saves the wide registers. */
+static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static bool has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#if defined(__aarch64__)
+extern const struct gqa_kernels gqa_neon_f32, gqa_neon_f64;
+#endif
+
+extern const struct gqa_kernels gqa_scalar_f32, gqa_scalar_f64;
+
+static bool always(void) { return true; }
+
+static const struct isa {
+    const char *name;
+    bool (*available)(void);
+    const struct gqa_kernels *f32, *f64;
+} isas[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, &gqa_avx512_f32, &gqa_avx512_f64},
+    {"avx2", has_avx2, &gqa_avx2_f32, &gqa_avx2_f64},
+#endif
+#if defined(__aarch64__)
+    {"neon", always, &gqa_neon_f32, &gqa_neon_f64},
+#endif
+    {"scalar", always, &gqa_scalar_f32, &gqa_scalar_f64},
+};
+
+enum { ISA_COUNT = sizeof isas / sizeof *isas };
+
+static _Atomic(const struct isa *) chosen; /* NULL until first asked: then the best */
+
+static const struct isa *current(void) {
+    const struct isa *isa = atomic_load_explicit(&chosen, memory_order_relaxed);
+    for (int i = 0; !isa; i++)
+        if (isas[i].available()) isa = &isas[i];
+    return isa;
+}
+
+const struct gqa_kernels *gqa_kernels_for(enum gqa_dtype dtype) {
+    return dtype == GQA_FLOAT64 ? current()->f64 : current()->f32;
+}
+
+const char *gqa_isa_current(void) { return current()->name; }
+
+const char *const *gqa_isa_available(void) {
+    /* Every thread that gets here first writes the same pointers. */
+    static _Atomic(const char *) names[ISA_COUNT + 1];
+    int count = 0;
+    for (int i = 0; i < ISA_COUNT; i++)
+        if (isas[i].available()) atomic_store_explicit(&names[count++], isas[i].name, memory_order_relaxed);
+    return (const char *const *)(const void *)names;
+}
+
+enum gqa_status gqa_isa_use(const char *name) {
+    for (int i = 0; i < ISA_COUNT; i++)
+        if (!strcmp(isas[i].name, name) && isas[i].available()) {
+            atomic_store_explicit(&chosen, &isas[i], memory_order_relaxed);
+            return GQA_OK;
+        }
+    return GQA_BAD_ARGUMENT;
+}

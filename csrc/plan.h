@@ -1,0 +1,74 @@
+/* plan.h: one attention call, checked and cut into units of work.
+ *
+ * Made by plan.c from the problem; read by attention.c, tile.c, merge.c, view.c and mask.c.
+ * Sizes count elements, strides count bytes unless they say reals. */
+#ifndef GQA_PLAN_H
+#define GQA_PLAN_H
+
+#include "kernels.h"
+
+enum {
+    GQA_SPAN = 512,           /* keys whose part is made without a merge: a multiple of the key tile */
+    GQA_TILES_PER_UNIT = 8,   /* row tiles that share each loaded K/V tile, at most */
+    GQA_UNITS_PER_THREAD = 8, /* enough for an even load when units differ */
+};
+
+/* An array seen as (leading dims..., head, row, column); a broadcast dimension has stride 0. */
+struct gqa_operand {
+    char *data; /* NULL: absent */
+    enum gqa_dtype dtype;
+    bool swapped;
+    int64_t lead[GQA_MAX_DIMS];
+    int64_t head, row, column;
+};
+
+struct gqa_plan {
+    const struct gqa_kernels *kernels;
+    struct gqa_operand query, key, value, mask, out, lse;
+
+    int lead_ndim;
+    int64_t lead_shape[GQA_MAX_DIMS];
+    int64_t sequences; /* product of lead_shape */
+    int64_t q_heads, kv_heads, group;
+    int64_t seq_q, seq_k, head_dim, v_dim;
+    double scale;
+    bool causal;
+    int64_t offset; /* position of query i is i + offset, of key j it is j */
+
+    /* Rows of a kv head are its group's heads within each query: row = i * group + head in group. */
+    int64_t rows, tiles; /* a kv head's rows, and the row tiles they fill */
+    bool few;            /* the form: few rows, or rows in lanes */
+    int64_t tile_rows;   /* rows of a full tile */
+    int64_t unit_tiles;  /* row tiles of a full unit */
+    int64_t head_units;  /* units of a kv head */
+    int64_t units;       /* of the whole call */
+    int64_t chunks;      /* tasks that a unit's spans are cut into */
+    int chunk_level;     /* a chunk is 2^level spans, at an absolute multiple */
+
+    /* A tile's output accumulator is (o_rows, o_lanes) reals, densely; its statistics are stats reals each. */
+    int o_rows, o_lanes, stats;
+    size_t tile_bytes; /* one row tile's o, m and l */
+    size_t part_bytes; /* a full unit's */
+};
+
+/* What one task of a unit works on. */
+struct gqa_unit {
+    int64_t sequence, kv_head;
+    int64_t first_row, rows; /* within the kv head */
+};
+
+enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention *problem, int threads);
+struct gqa_unit gqa_plan_unit(const struct gqa_plan *plan, int64_t index);
+
+/* Keys lo <= j < hi are live for query i as far as bounds go; lo == hi when none is. */
+void gqa_plan_bounds(const struct gqa_plan *plan, int64_t i, int64_t *lo, int64_t *hi);
+
+/* Where (sequence, head) of an operand begins. */
+char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *operand, int64_t sequence, int64_t head);
+
+static inline int64_t gqa_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t gqa_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t gqa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t gqa_round_up(int64_t a, int64_t b) { return gqa_ceil_div(a, b) * b; }
+
+#endif

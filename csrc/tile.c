@@ -1,0 +1,235 @@
+/* tile.c: one unit's walk over its keys, tile by tile.
+ *
+ * A tile is GQA_KEY_TILE keys at an absolute multiple.  Row tiles with no live key in
+ * it never touch it; where every slot is live, nothing is masked.  A value row that a
+ * row masks may hold NaN: only then, the careful product drops it by selection.
+ * Called by attention.c. */
+#include "tile.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "mask.h"
+
+/* ---- workspace ---- */
+
+static char *take(char **cursor, int64_t bytes) {
+    char *taken = *cursor;
+    *cursor += gqa_round_up(bytes, 64);
+    return taken;
+}
+
+/* Parts that can be alive at once: one for each bit of the number of spans, and one being made. */
+static int count_levels(const struct gqa_plan *plan) {
+    int levels = 2;
+    for (int64_t spans = gqa_ceil_div(plan->seq_k, GQA_SPAN); spans > 1; spans /= 2) levels++;
+    return levels;
+}
+
+size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *scratch) {
+    const int64_t real = (int64_t)plan->kernels->real_size, lanes = plan->kernels->lanes;
+    const int64_t head_dim = gqa_round_up(plan->head_dim, lanes), v_dim = gqa_round_up(plan->v_dim, lanes);
+    const int64_t tile_rows = gqa_round_up(plan->tile_rows, lanes), unit_rows = plan->unit_tiles * tile_rows;
+    char *cursor = scratch;
+    work->levels = count_levels(plan);
+    work->query = take(&cursor, unit_rows * head_dim * real);
+    work->scores = take(&cursor, GQA_KEY_TILE * tile_rows * real);
+    work->bias = take(&cursor, plan->mask.data ? GQA_KEY_TILE * tile_rows * real : 0);
+    work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
+    work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
+    work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
+    work->lo = take(&cursor, tile_rows * real);
+    work->hi = take(&cursor, tile_rows * real);
+    work->alpha = take(&cursor, tile_rows * real);
+    work->ones = take(&cursor, gqa_max(tile_rows, v_dim) * real);
+    work->row_lo = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
+    work->row_hi = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
+    work->parts = (char **)(void *)take(&cursor, work->levels * (int64_t)sizeof(char *));
+    char *parts = take(&cursor, work->levels * (int64_t)plan->part_bytes);
+    if (!scratch) return (size_t)(cursor - scratch);
+    for (int i = 0; i < work->levels; i++) work->parts[i] = parts + (size_t)i * plan->part_bytes;
+    for (int64_t i = 0; i < gqa_max(tile_rows, v_dim); i++) gqa_put(plan->kernels, work->ones, i, 1);
+    return (size_t)(cursor - scratch);
+}
+
+/* ---- begin: queries and bounds ---- */
+
+static char *query_tile(const struct gqa_plan *plan, const struct gqa_work *work, int64_t tile) {
+    const int64_t padded = gqa_round_up(plan->head_dim, plan->kernels->lanes);
+    const int64_t reals = plan->few ? 0 : tile * padded * plan->tile_rows;
+    return work->query + reals * (int64_t)plan->kernels->real_size;
+}
+
+/* Row r of the unit goes into a lane of its tile, or lies as a zero-padded row when rows are few. */
+static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int64_t padded = gqa_round_up(plan->head_dim, kernels->lanes), real = (int64_t)kernels->real_size;
+    const char *base = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
+    memset(work->query, 0, (size_t)(gqa_round_up(unit->rows, plan->tile_rows) * padded * real));
+    for (int64_t r = 0; r < unit->rows; r++) {
+        const int64_t row = unit->first_row + r, lane = r % plan->tile_rows;
+        const char *at = base + row % plan->group * plan->query.head;
+        const struct gqa_rows from =
+            gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
+        char *tile = query_tile(plan, work, r / plan->tile_rows);
+        kernels->spread(tile + lane * (plan->few ? padded : 1) * real, plan->few ? 1 : plan->tile_rows, from.data,
+                        (int)plan->head_dim, plan->scale);
+    }
+}
+
+void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,
+                    int64_t *hi) {
+    pack_query(plan, unit, work);
+    *lo = plan->seq_k;
+    *hi = 0;
+    for (int64_t r = 0; r < unit->rows; r++) {
+        gqa_plan_bounds(plan, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
+        if (work->row_lo[r] >= work->row_hi[r]) continue;
+        *lo = gqa_min(*lo, work->row_lo[r]);
+        *hi = gqa_max(*hi, work->row_hi[r]);
+    }
+}
+
+/* ---- span: the keys ---- */
+
+/* A K/V tile, loaded once for all row tiles of the unit. */
+struct key_tile {
+    int64_t first, end; /* keys */
+    struct gqa_rows key, value;
+    enum { UNKNOWN, FINITE, NOT_FINITE } state; /* of the value rows */
+};
+
+/* One row tile against one key tile. */
+struct step {
+    int rows;           /* rows of the tile */
+    int64_t first, end; /* keys that any of them may see */
+    bool masked;        /* some slot among those is masked */
+    char *o, *m, *l;    /* its accumulators */
+};
+
+static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                      struct key_tile *keys) {
+    const int64_t count = keys->end - keys->first;
+    keys->key = gqa_view_rows(plan->kernels, &plan->key,
+                              gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head), keys->first, count,
+                              plan->head_dim, work->key);
+    keys->value = gqa_view_rows(plan->kernels, &plan->value,
+                                gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head), keys->first, count,
+                                plan->v_dim, work->value);
+    keys->state = UNKNOWN;
+}
+
+static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
+                             int64_t tile, const struct key_tile *keys, char *part) {
+    const int64_t row = tile * plan->tile_rows;
+    struct step step = {.rows = (int)gqa_min(plan->tile_rows, unit->rows - row), .first = keys->end, .end = keys->first};
+    int64_t all_lo = keys->first, all_hi = keys->end;
+    for (int64_t r = row; r < row + step.rows; r++) {
+        all_lo = gqa_max(all_lo, work->row_lo[r]);
+        all_hi = gqa_min(all_hi, work->row_hi[r]);
+        if (work->row_lo[r] >= work->row_hi[r]) continue;
+        step.first = gqa_min(step.first, work->row_lo[r]);
+        step.end = gqa_max(step.end, work->row_hi[r]);
+    }
+    step.first = plan->few ? keys->first : gqa_max(step.first, keys->first);
+    step.end = gqa_min(step.end, keys->end);
+    step.masked = plan->mask.data || all_lo > step.first || all_hi < step.end;
+    const int64_t real = (int64_t)plan->kernels->real_size;
+    step.o = part + (size_t)tile * plan->tile_bytes;
+    step.m = step.o + (int64_t)plan->o_rows * plan->o_lanes * real;
+    step.l = step.m + plan->stats * real;
+    return step;
+}
+
+/* Bounds relative to the step's first key, as reals; lanes without a row repeat the last row's. */
+static void lay_bounds(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step) {
+    const int64_t keys = step->end - step->first;
+    for (int64_t i = 0; i < plan->stats; i++) {
+        const int64_t r = tile * plan->tile_rows + gqa_min(i, step->rows - 1);
+        gqa_put(plan->kernels, work->lo, i, (double)gqa_max(0, gqa_min(keys, work->row_lo[r] - step->first)));
+        gqa_put(plan->kernels, work->hi, i, (double)gqa_max(0, gqa_min(keys, work->row_hi[r] - step->first)));
+    }
+}
+
+static void lay_bias(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                     const struct step *step) {
+    const int64_t row = unit->first_row + tile * plan->tile_rows;
+    const int keys = (int)(step->end - step->first);
+    if (!plan->few && step->rows < plan->tile_rows)
+        memset(work->bias, 0, (size_t)(keys * plan->tile_rows) * plan->kernels->real_size);
+    gqa_mask_tile(plan, unit, row, step->rows, step->first, keys, work->bias, plan->few ? GQA_KEY_TILE : 1,
+                  plan->few ? 1 : (ptrdiff_t)plan->tile_rows);
+}
+
+/* A masked slot's weight is 0, and 0 * NaN would leak: find out whether it could. */
+static gqa_outer *product(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
+    if (!step->masked) return plan->kernels->outer;
+    if (keys->state == UNKNOWN)
+        keys->state = plan->kernels->finite(keys->value.data, keys->value.stride, (int)(keys->end - keys->first),
+                                            (int)plan->v_dim)
+                          ? FINITE
+                          : NOT_FINITE;
+    return keys->state == FINITE ? plan->kernels->outer : plan->kernels->outer_careful;
+}
+
+static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
+                         struct key_tile *keys, const char *key, const char *value) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int lanes = (int)gqa_round_up(step->rows, kernels->lanes), row_tile = kernels->row_tile;
+    const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
+    kernels->outer(work->scores, row_tile, NULL, query_tile(plan, work, tile), row_tile, lanes, key, keys->key.stride,
+                   1, count, head_dim);
+    kernels->soften_lanes(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
+                          lanes, count, step->m, step->l, work->alpha);
+    product(plan, step, keys)(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1,
+                              keys->value.stride, (int)plan->v_dim, count);
+}
+
+static void attend_few(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
+                       struct key_tile *keys, const char *key, const char *value) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int count = (int)(step->end - step->first), rows = step->rows;
+    kernels->dot(work->scores, query_tile(plan, work, tile), (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes),
+                 rows, key, keys->key.stride, count, (int)plan->head_dim);
+    kernels->soften_rows(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL,
+                         step->masked ? work->hi : NULL, rows, count, step->m, step->l, work->alpha);
+    if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
+        kernels->blend(step->o, NULL, plan->o_lanes, rows, plan->o_lanes, work->alpha, NULL, true);
+    product(plan, step, keys)(step->o, plan->o_lanes, work->ones, value, keys->value.stride, (int)plan->v_dim,
+                              work->scores, GQA_KEY_TILE, 1, rows, count);
+}
+
+static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                   const struct step *step, struct key_tile *keys) {
+    const int64_t skipped = (step->first - keys->first) * (int64_t)plan->kernels->real_size;
+    const char *key = keys->key.data + skipped * keys->key.stride;
+    const char *value = keys->value.data + skipped * keys->value.stride;
+    if (step->masked) lay_bounds(plan, work, tile, step);
+    if (plan->mask.data) lay_bias(plan, unit, work, tile, step);
+    (plan->few ? attend_few : attend_lanes)(plan, work, tile, step, keys, key, value);
+}
+
+static void clear(const struct gqa_plan *plan, char *part, int64_t tiles) {
+    memset(part, 0, (size_t)tiles * plan->tile_bytes);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        char *o = part + (size_t)tile * plan->tile_bytes;
+        for (int64_t i = 0; i < plan->stats; i++)
+            gqa_put(plan->kernels, o, (int64_t)plan->o_rows * plan->o_lanes + i, -INFINITY);
+    }
+}
+
+void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
+                   int64_t first, int64_t end, struct gqa_job *job) {
+    const int64_t tiles = gqa_ceil_div(unit->rows, plan->tile_rows);
+    clear(plan, part, tiles);
+    while (first < end && !gqa_job_stopped(job)) {
+        const int64_t next = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE;
+        struct key_tile keys = {.first = first, .end = gqa_min(next, end)};
+        load_keys(plan, unit, work, &keys);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const struct step step = find_step(plan, unit, work, tile, &keys, part);
+            if (step.first < step.end) attend(plan, unit, work, tile, &step, &keys);
+        }
+        first = next;
+    }
+}
