@@ -1,0 +1,232 @@
+"""From what a caller passes to what ``_core`` takes: exact ndarrays, ``bool`` and ``float``.
+
+These functions run only when an argument is not already of that type, so that the usual call pays for
+a type check and no more.  What can be converted without a guess is; the rest raises.
+"""
+
+import math
+import operator
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._explain import ATTENTION, Array, fail, heads, kind
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def as_array(call: str, name: str, thing: Any) -> Array:
+    """An exact ndarray over the same memory where there is one (lists are copied)."""
+    wanted, fix = "an array of floating-point numbers was wanted", f"pass np.asarray({name}, np.float32)"
+    if isinstance(thing, np.ma.MaskedArray):
+        fix = f"pass {name}.filled(...) and the masked slots in attn_mask"
+        fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", fix)
+    if thing is None or isinstance(thing, (bool, str, bytes)):
+        fail(TypeError, call, f"{name} is {kind(thing)}", wanted, fix)
+    try:
+        array = np.asarray(thing)
+    except ValueError as error:
+        came = f"{name} is {kind(thing)} that is no array ({error})"
+        fail(ValueError, call, came, wanted, "make its rows equally long")
+    except (TypeError, RuntimeError) as error:
+        fix = f"convert it first, as in np.asarray({name}.detach().float().cpu())"
+        fail(TypeError, call, f"{name} is {kind(thing)} that NumPy cannot read ({error})", wanted, fix)
+    if array.dtype == object:
+        fail(TypeError, call, f"{name} is {kind(thing)} of Python objects", wanted, fix)
+    return array
+
+
+def as_arrays(**things: Any) -> list[Array]:
+    """query, key and value of an attention call."""
+    return [thing if type(thing) is np.ndarray else as_array(ATTENTION, name, thing) for name, thing in things.items()]
+
+
+def as_mask(thing: Any) -> Array:
+    """attn_mask as an ndarray; a Python bool there is a slip of position."""
+    if type(thing) is np.ndarray:
+        return thing
+    if isinstance(thing, (bool, np.bool_)):
+        fix = f"pass is_causal={bool(thing)} by its name"
+        fail(TypeError, ATTENTION, f"attn_mask is {bool(thing)}", "an array was wanted", fix)
+    return as_array(ATTENTION, "attn_mask", thing)
+
+
+def as_flag(call: str, name: str, thing: Any) -> bool:
+    """True or False; NumPy's are taken, numbers are not."""
+    if isinstance(thing, (bool, np.bool_)):
+        return bool(thing)
+    return fail(TypeError, call, f"{name} is {kind(thing)}", "True or False was wanted", f"pass {name}=True or False")
+
+
+def as_flags(**things: Any) -> list[bool]:
+    """The switches of an attention call."""
+    return [as_flag(ATTENTION, name, thing) for name, thing in things.items()]
+
+
+def as_int(call: str, name: str, thing: Any, least: int) -> int:
+    """A whole number of at least ``least``."""
+    if isinstance(thing, (bool, np.bool_)) or not hasattr(thing, "__index__"):
+        fail(TypeError, call, f"{name} is {kind(thing)}", "an int was wanted", f"pass {name}={least} or more")
+    number = operator.index(thing)
+    if number < least:
+        fail(ValueError, call, f"{name} is {number}", f"at least {least} was wanted", f"pass {name}={least} or more")
+    return number
+
+
+def as_axis(call: str, name: str, thing: Any, array: Array) -> int:
+    """An axis that the array has, from either end."""
+    if isinstance(thing, (bool, np.bool_)) or not hasattr(thing, "__index__"):
+        fail(TypeError, call, f"{name} is {kind(thing)}", "an int was wanted", f"pass {name}=-3 for (..., heads, S, D)")
+    axis = operator.index(thing)
+    if not -array.ndim <= axis < array.ndim:
+        wanted = f"an axis of x {array.shape} was wanted"
+        fail(ValueError, call, f"{name} is {axis}", wanted, f"pass x as (..., heads, S, D), or another {name}")
+    return axis
+
+
+def as_dtype(call: str, name: str, thing: Any) -> np.dtype[Any]:
+    """A dtype with a size; None, which NumPy takes for float64, is not one."""
+    try:
+        dtype = np.dtype(thing)
+    except TypeError:
+        dtype = np.dtype(object)
+    if thing is None or dtype.hasobject or dtype.itemsize == 0:
+        came = repr(thing) if isinstance(thing, str) else kind(thing)
+        fail(TypeError, call, f"{name} is {came}", "a dtype was wanted", f'pass {name}="float16", "bfloat16" or "float32"')
+    return dtype
+
+
+def as_real(call: str, name: str, thing: Any, fix: str) -> float:
+    """A real number, from Python or NumPy or a zero-dimensional array."""
+    if isinstance(thing, (bool, np.bool_, str, bytes)) or getattr(thing, "ndim", 0) != 0:
+        fail(TypeError, call, f"{name} is {kind(thing)}", "a real number was wanted", fix)
+    try:
+        return float(thing)
+    except (TypeError, ValueError, OverflowError) as error:
+        bad = ValueError if isinstance(error, OverflowError) else TypeError
+        fail(bad, call, f"{name} is {kind(thing)} ({error})", "a real number was wanted", fix)
+
+
+def as_scale(thing: Any) -> float:
+    """A finite float."""
+    scale = thing if type(thing) is float else as_real(ATTENTION, "scale", thing, "pass a float, or None for 1/sqrt(head_dim)")
+    if not math.isfinite(scale):
+        wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
+        fail(ValueError, ATTENTION, f"scale is {scale}", wanted, "leave it out or pass a finite one")
+    return scale
+
+
+def check_dropout(thing: Any) -> None:
+    """A probability, and until dropout exists that of nothing."""
+    probability = as_real(ATTENTION, "dropout_p", thing, "pass dropout_p=0.0, and is_causal by its name")
+    if not 0.0 <= probability <= 1.0:
+        wanted = "a probability between 0 and 1 was wanted"
+        fail(ValueError, ATTENTION, f"dropout_p is {probability}", wanted, "pass dropout_p=0.0")
+    if probability:
+        refuse_keyword("dropout_p", thing, "0.0")
+
+
+def refuse_rules(dropout_p: Any, return_weights: Any, **rules: Any) -> None:
+    """What the contract has and this version does not: any that is switched on raises and is named."""
+    check_dropout(dropout_p)
+    if as_flag(ATTENTION, "return_weights", return_weights):
+        refuse_keyword("return_weights", True, "False")
+    for name, setting in rules.items():
+        zero = name == "softcap" and np.ndim(setting) == 0 and setting == 0
+        if setting is not None and not zero:
+            refuse_keyword(name, setting, "None")
+
+
+def refuse_keyword(name: str, setting: Any, off: str) -> None:
+    """A missing feature raises and is named."""
+    came = setting if isinstance(setting, (int, float, tuple, str)) else kind(setting)
+    fail(NotImplementedError, ATTENTION, f"{name} is {came}", f"{name} is not implemented yet", f"pass {name}={off}")
+
+
+def share_heads(query: Array, key: Array, value: Array) -> list[Array]:
+    """enable_gqa=False, as in torch: heads broadcast like any dimension, so 1 goes with any number.
+
+    Heads that do not broadcast come back as they are; C refuses them.
+    """
+    arrays = [query, key, value]
+    wide = {heads(array) for array in arrays} - {1}
+    if len(wide) != 1 or min(array.ndim for array in arrays) < 2:
+        return arrays
+    shapes = [(*array.shape[:-3], *wide, *array.shape[-2:]) for array in arrays]
+    return [np.broadcast_to(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
+
+
+def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array) -> bool:
+    """The alignment as ``_core`` takes it: upper left where none is given, as in torch."""
+    if alignment is None:
+        if is_causal and query.shape[-2:-1] != key.shape[-2:-1]:
+            warn_unequal(query, key)
+        return False
+    if not isinstance(alignment, str) or alignment not in ("upper_left", "lower_right"):
+        wanted = "'upper_left', 'lower_right' or None was wanted"
+        fix = "pass 'lower_right' where the last query row belongs to the last key, else leave it out"
+        fail(ValueError, ATTENTION, f"causal_alignment is {alignment!r}", wanted, fix)
+    return alignment == "lower_right"
+
+
+def warn_unequal(query: Array, key: Array) -> None:
+    """is_causal between unequal lengths has two meanings; say which one runs."""
+    if query.ndim < 2 or key.ndim < 2:
+        return  # C refuses them
+    message = (
+        f"{ATTENTION}(): is_causal with {query.shape[-2]} query rows and {key.shape[-2]} key rows aligns the first of both, "
+        "as torch does; for decoding and chunked prefill, where the last ones belong together, pass "
+        "causal_alignment='lower_right'; pass 'upper_left' to keep this without a warning"
+    )
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share a byte; where that is too hard to tell, yes."""
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Whether two elements share a byte.
+
+    Shift both along the first axis in which their indices differ: one of them then has index 0 there and
+    zeros before, the other a later index.  So each axis asks its first slice against the rest.
+    """
+    if array.size == 0:
+        return False
+    while array.ndim:
+        if overlap(array[:1], array[1:]):
+            return True
+        array = array[0, ...]
+    return False
+
+
+def same_place(a: Array, b: Array) -> bool:
+    """The same elements at the same addresses."""
+    return a.__array_interface__["data"] == b.__array_interface__["data"] and (
+        a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
+    )
+
+
+def as_out(thing: Any) -> Array:
+    """``out`` as an exact ndarray over the same memory, fit to be written."""
+    wanted = "an ndarray of the result's shape and dtype was wanted"
+    fix = "pass np.empty(shape, dtype), or leave it out"
+    if not isinstance(thing, np.ndarray) or isinstance(thing, np.ma.MaskedArray):
+        fail(TypeError, ATTENTION, f"out is {kind(thing)}", wanted, fix)
+    out = np.asarray(thing)
+    if not out.flags.writeable:
+        fail(ValueError, ATTENTION, "out is read-only", "an array that can be written was wanted", fix)
+    if not out.flags.c_contiguous and overlaps_itself(out):
+        came = f"out has elements that share memory (shape {out.shape}, strides {out.strides})"
+        fail(ValueError, ATTENTION, came, "each element needs its own place", fix)
+    return out

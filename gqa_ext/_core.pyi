@@ -1,0 +1,32 @@
+# Private: called by attention.py, convert and testing.py with exact ndarrays.
+from typing import Any
+
+from numpy.typing import NDArray
+
+def attention(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    attn_mask: NDArray[Any] | None,
+    is_causal: bool,
+    lower_right: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    out: NDArray[Any] | None,
+    return_lse: bool,
+    /,
+) -> Any: ...
+def pool_heads(
+    weight: NDArray[Any],
+    out: NDArray[Any],
+    axis: int,
+    num_heads: int,
+    members: NDArray[Any],
+    weights: NDArray[Any] | None,
+    /,
+) -> NDArray[Any]: ...
+def isa_available() -> tuple[str, ...]: ...
+def isa_current() -> str: ...
+def isa_use(name: str, /) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(number: int, /) -> None: ...

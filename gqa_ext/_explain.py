@@ -1,0 +1,283 @@
+"""Why C said no: the checks of csrc once more, in words.
+
+C answers a bad argument with a status and no text.  The binding then calls the function of the same
+name here with the same arguments, and it raises.  Nothing here runs for a call that succeeds, so
+clarity is all that counts.  A message has five parts: the call, the argument, what came, what was
+wanted, and the fix.  The checks that Python makes itself (_arguments.py) raise through :func:`fail` too.
+"""
+
+import math
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+Array = NDArray[Any]
+
+ATTENTION = "scaled_dot_product_attention"
+LATER = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def fail(error: type[Exception], call: str, came: str, wanted: str, fix: str = "") -> NoReturn:
+    """Raise ``error`` with the five parts of a message; ``came`` opens with the argument's name."""
+    raise error(f"{call}(): {came}; {wanted}" + (f": {fix}" if fix else ""))
+
+
+def shapes(**arrays: Array | None) -> str:
+    """``query (2, 8, 5, 64), key (2, 2, 5, 64)``."""
+    return ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if array is not None)
+
+
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype, whatever byte order its arrays have."""
+    return dtype.newbyteorder("=")
+
+
+# ---- attention ----
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    is_causal: Any,
+    alignment: Any,
+    scale: Any,
+    enable_gqa: Any,
+    out: Any,
+    return_lse: Any,
+) -> None:
+    """Raise what is wrong with the arguments of ``_core.attention``; return only if nothing is."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        check_array(ATTENTION, name, array)
+        check_dtype(name, array)
+    check_same_precision(query, key, value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        check_rank(name, array)
+    check_head_dim(query, key, value)
+    check_sequence(query, key, value)
+    check_heads(query, key, value, enable_gqa)
+    shape = output_shape(query, key, value)
+    if attn_mask is not None:
+        check_mask(attn_mask, (*shape[:-1], key.shape[-2]))
+    if scale is not None:
+        check_scale(scale)
+    if out is not None:
+        check_out(out, shape, query)
+
+
+def check_array(call: str, name: str, array: Any) -> None:
+    """Only exact ndarrays go to C; the callers convert everything else first."""
+    if type(array) is not np.ndarray:
+        fail(TypeError, call, f"{name} is {kind(array)}", "an ndarray was wanted", f"pass np.asarray({name})")
+
+
+def kind(thing: Any) -> str:
+    """``None``, ``a list``, ``a torch.Tensor``."""
+    if thing is None or isinstance(thing, bool):
+        return repr(thing)
+    cls = type(thing)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def check_dtype(name: str, array: Array) -> None:
+    """float32 and float64 are computed; the half types are the next step; the others never."""
+    dtype = native(array.dtype)
+    if dtype in COMPUTED:
+        return
+    if dtype in LATER:
+        fail(
+            NotImplementedError,
+            ATTENTION,
+            f"{name} has dtype {dtype}, which is not implemented yet",
+            "float32 or float64 was wanted",
+            f"pass {name}.astype(np.float32)",
+        )
+    wanted = "float32 or float64 was wanted"
+    if dtype.kind == "c":
+        fix = f"attention of complex numbers is not defined; pass {name}.real or {name}.imag"
+    elif dtype.kind in "?biuf":
+        fix = f"pass {name}.astype(np.float32)"
+    else:
+        fix = "pass an array of floating-point numbers"
+    fail(TypeError, ATTENTION, f"{name} has dtype {dtype}", wanted, fix)
+
+
+def check_same_precision(query: Array, key: Array, value: Array) -> None:
+    """float64 goes only with float64."""
+    types = {name: native(a.dtype) for name, a in (("query", query), ("key", key), ("value", value))}
+    if len(set(types.values())) > 1:
+        odd = [name for name, dtype in types.items() if dtype != np.float64]
+        came = ", ".join(f"{name} is {dtype}" for name, dtype in types.items())
+        fix = f"pass {odd[0]}.astype(np.float64), or the others as float32"
+        fail(TypeError, ATTENTION, came, "float64 goes only with float64", fix)
+
+
+def check_rank(name: str, array: Array) -> None:
+    """(S, D), (H, S, D) or (..., H, S, D)."""
+    if array.ndim < 2:
+        fix = f"pass {name}[None, :] for a single row" if array.ndim else "pass an array of rows"
+        wanted = f"at least the dimensions (sequence, head_dim) were wanted ({shapes(**{name: array})})"
+        fail(ValueError, ATTENTION, f"{name} has {count(array.ndim, 'dimension')}", wanted, fix)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 head``, ``2 heads``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def check_head_dim(query: Array, key: Array, value: Array) -> None:
+    """query and key share head_dim; value's may differ."""
+    q_dim, k_dim = query.shape[-1], key.shape[-1]
+    where = shapes(query=query, key=key)
+    if q_dim != k_dim:
+        wanted = f"query and key must have the same last dimension ({where})"
+        fix = "slice or project one of them"
+        if key.shape[-2] == q_dim:
+            fix = "key is (..., sequence, head_dim), not transposed; pass key.swapaxes(-1, -2)"
+        fail(ValueError, ATTENTION, f"key has head_dim {k_dim} but query has {q_dim}", wanted, fix)
+    if q_dim == 0:
+        wanted = f"at least 1 was wanted ({where})"
+        fail(ValueError, ATTENTION, "query and key have head_dim 0", wanted, "pass arrays with a last dimension")
+
+
+def check_sequence(query: Array, key: Array, value: Array) -> None:
+    """key and value are one sequence."""
+    k_len, v_len = key.shape[-2], value.shape[-2]
+    if k_len != v_len:
+        wanted = f"each key needs its value ({shapes(key=key, value=value)})"
+        fix = f"pass the same {min(k_len, v_len)} positions of both, as (..., sequence, head_dim)"
+        fail(ValueError, ATTENTION, f"value has {count(v_len, 'row')} but key has {k_len}", wanted, fix)
+
+
+def heads(array: Array) -> int:
+    """Two dimensions mean one head."""
+    return array.shape[-3] if array.ndim > 2 else 1
+
+
+def check_heads(query: Array, key: Array, value: Array, enable_gqa: bool) -> None:
+    """Hq % Hkv == 0, or equal heads where grouping is switched off."""
+    hq, hk, hv = heads(query), heads(key), heads(value)
+    where = shapes(query=query, key=key)
+    if hk != hv:
+        wanted = f"key and value must have the same number of heads ({shapes(key=key, value=value)})"
+        fix = "pass them as (..., heads, sequence, head_dim) with equal heads"
+        fail(ValueError, ATTENTION, f"value has {count(hv, 'head')} but key has {hk}", wanted, fix)
+    if not enable_gqa and hq != hk:
+        wanted = f"without grouping the heads must be equal, or 1 ({where})"
+        came = f"key has {count(hk, 'head')} but query has {hq} and enable_gqa is False"
+        fail(ValueError, ATTENTION, came, wanted, "pass enable_gqa=True")
+    if hq != hk and (hk == 0 or hq % hk):
+        came = f"key has {count(hk, 'head')} but query has {hq}"
+        fail(ValueError, ATTENTION, came, f"query heads must be a multiple of key heads ({where})")
+
+
+def output_shape(query: Array, key: Array, value: Array) -> tuple[int, ...]:
+    """(..., Hq, Sq, Dv) over the broadcast leading dimensions."""
+    try:
+        leading = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except ValueError:
+        came = f"query has batch dimensions {query.shape[:-3]}, key {key.shape[:-3]} and value {value.shape[:-3]}"
+        where = shapes(query=query, key=key, value=value)
+        wanted = f"the dimensions before (heads, sequence, head_dim) must be equal or 1 ({where})"
+        fail(ValueError, ATTENTION, came, wanted, "give all three the same batch, or 1 where one is shared")
+    most = max(query.ndim, key.ndim, value.ndim)
+    inner = (heads(query),) if most > 2 else ()
+    return (*leading, *inner, query.shape[-2], value.shape[-1])
+
+
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether ``shape`` broadcasts to ``target`` without widening it."""
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def check_mask(mask: Any, target: tuple[int, ...]) -> None:
+    """bool or float, broadcasting to (..., Hq, Sq, Sk)."""
+    check_array(ATTENTION, "attn_mask", mask)
+    dtype = native(mask.dtype)
+    if dtype != np.bool_ and dtype not in COMPUTED and dtype not in LATER:
+        fix = "pass attn_mask.astype(bool), True where a key may be seen"
+        if dtype.kind not in "iu":
+            fix = "pass bool (True where a key may be seen) or float32 (added to the scores)"
+        wanted = "bool, float16, bfloat16, float32 or float64 was wanted"
+        fail(TypeError, ATTENTION, f"attn_mask has dtype {dtype}", wanted, fix)
+    if not fits(mask.shape, target):
+        wanted = f"it must broadcast to (..., query heads, query rows, key rows) {target} and not widen it"
+        fail(ValueError, ATTENTION, f"attn_mask has shape {mask.shape}", wanted, mask_fix(mask, target))
+
+
+def mask_fix(mask: Array, target: tuple[int, ...]) -> str:
+    """The indexing that makes the mask fit, if a usual one does."""
+    for index, text in (
+        ((slice(None), None), "attn_mask[:, None]"),
+        ((slice(None), None, None), "attn_mask[:, None, None]"),
+    ):
+        if mask.ndim + len(index) - 1 == len(target) and fits(mask[index].shape, target):
+            return f"pass {text}"
+    if mask.ndim > 1 and fits(mask.swapaxes(-1, -2).shape, target):
+        return "pass attn_mask.swapaxes(-1, -2), rows are queries"
+    return "pass a mask of that shape, or with 1 in any place"
+
+
+def check_scale(scale: Any) -> None:
+    """A finite number."""
+    if isinstance(scale, float) and not math.isfinite(scale):
+        wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
+        fail(ValueError, ATTENTION, f"scale is {scale!r}", wanted, "leave it out or pass a finite one")
+
+
+def check_out(out: Any, shape: tuple[int, ...], query: Array) -> None:
+    """Exactly the result's shape and dtype, and writable."""
+    dtype = native(query.dtype)
+    fix = f"pass np.empty({shape}, np.{dtype})"
+    check_array(ATTENTION, "out", out)
+    if out.shape != shape:
+        fail(ValueError, ATTENTION, f"out has shape {out.shape}", f"{shape} was wanted", fix)
+    if native(out.dtype) != dtype:
+        fail(TypeError, ATTENTION, f"out has dtype {out.dtype}", f"query's dtype {dtype} was wanted", fix)
+    if not out.flags.writeable:
+        fail(ValueError, ATTENTION, "out is read-only", "an array that can be written was wanted", fix)
+
+
+# ---- the other calls of _core ----
+
+
+def pool_heads(weight: Any, out: Any, axis: Any, num_heads: Any, members: Any, weights: Any) -> None:
+    """convert.pool_heads checks before it calls, so this describes a call that went round it."""
+    came = f"weight is {brief(weight)} and out {brief(out)} for axis {axis!r} and num_heads {num_heads!r}"
+    wanted = (
+        "float arrays of one dtype were wanted that differ along axis only, with members (num_kv_heads, k) "
+        f"int64 and weights float64 of the same shape or None, not {brief(members)} and {brief(weights)}"
+    )
+    fail(ValueError, "pool_heads", came, wanted, "call gqa_ext.convert.pool_heads")
+
+
+def brief(thing: Any) -> str:
+    """Dtype and shape of an array, else what kind of thing it is."""
+    return f"{thing.dtype} {thing.shape}" if isinstance(thing, np.ndarray) else kind(thing)
+
+
+def isa_use(name: Any) -> None:
+    """A name that this CPU can run."""
+    there = ", ".join(_core.isa_available())
+    if not isinstance(name, str):
+        fail(TypeError, "use_isa", f"name is {kind(name)}", "a str was wanted", f"pass one of {there}")
+    if name not in _core.isa_available():
+        wanted = "an instruction set of this CPU was wanted"
+        fail(ValueError, "use_isa", f"name is {name!r}", wanted, f"pass one of {there}")
+
+
+def set_num_threads(number: Any) -> None:
+    """A positive int."""
+    if isinstance(number, bool) or not isinstance(number, int):
+        fail(TypeError, "set_num_threads", f"n is {kind(number)}", "an int was wanted", "pass 1 or more")
+    fail(ValueError, "set_num_threads", f"n is {number}", "at least 1 thread was wanted", "pass 1 or more")

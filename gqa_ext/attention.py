@@ -1,0 +1,168 @@
+"""The attention call and two small helpers around grouped heads.
+
+Python converts and C computes: :func:`scaled_dot_product_attention` looks at the type of each argument,
+hands the odd ones to _arguments.py, and makes one call.  A usual call is well under a microsecond here.
+"""
+
+import math
+from typing import Any
+
+import ml_dtypes  # noqa: F401  makes "bfloat16" a name that np.dtype knows
+import numpy as np
+from numpy import ndarray
+from numpy.typing import ArrayLike, DTypeLike
+
+from . import _arguments, _core, _explain
+from ._docs import shared_docs
+from ._explain import Array, native
+
+
+@shared_docs
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = True, *,
+    causal_alignment: str | None = None, window: Any = None, softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None, kv_lengths: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None, key_positions: ArrayLike | None = None,
+    return_lse: bool = False, return_weights: bool = False, rng: Any = None, out: Array | None = None,
+) -> Any:  # fmt: skip
+    """softmax(scale * query @ key^T + mask) @ value, for grouped heads (GQA, arXiv:2305.13245).
+
+    Arguments, order and meaning are those of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Parameters
+    ----------
+    {query_key_value}
+    {attn_mask}
+    dropout_p : float
+        Only 0.0 for now.
+    is_causal : bool
+        Row i sees no later key. Both apply beside attn_mask. UserWarning if Sq != Sk and no alignment is given.
+    scale : float, optional
+        Default 1 / sqrt(D).
+    enable_gqa : bool
+        False (torch's default): heads broadcast like any dimension, so they must be equal or 1.
+    {rules}
+    {out}
+
+    {raises}
+
+    Examples
+    --------
+    >>> query, key, value = np.ones((8, 5, 64)), np.ones((2, 5, 64)), np.ones((2, 5, 64))
+    >>> scaled_dot_product_attention(query, key, value, is_causal=True).shape
+    (8, 5, 64)
+    """
+    if not (type(query) is type(key) is type(value) is ndarray):
+        query, key, value = _arguments.as_arrays(query=query, key=key, value=value)
+    if attn_mask is not None:
+        attn_mask = _arguments.as_mask(attn_mask)
+    if scale is not None:
+        scale = _arguments.as_scale(scale)
+    if not (type(is_causal) is type(enable_gqa) is type(return_lse) is bool):
+        is_causal, enable_gqa, return_lse = _arguments.as_flags(
+            is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)  # fmt: skip
+    if not (window is softcap is alibi_slopes is sinks is query_lengths is kv_lengths is query_positions is key_positions
+            is rng is None and type(dropout_p) is float and dropout_p == 0.0 and return_weights is False):  # fmt: skip
+        _arguments.refuse_rules(
+            dropout_p, return_weights, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            query_lengths=query_lengths, kv_lengths=kv_lengths, query_positions=query_positions,
+            key_positions=key_positions, rng=rng)  # fmt: skip
+    lower_right = _arguments.is_lower_right(causal_alignment, is_causal, query, key)
+    if not enable_gqa:
+        query, key, value = _arguments.share_heads(query, key, value)
+    problem = (query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa)
+    return _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
+
+
+def _attend_into(out: Array, problem: tuple[Any, ...], return_lse: bool) -> Any:
+    """The call with ``out``, which comes back itself, whatever subclass of ndarray it is.
+
+    C reads its inputs while it writes, so only query may lie in the very same place.
+    """
+    query, key, value, mask = problem[:4]
+    target = _arguments.as_out(out)
+    others = [array for array in (key, value, mask) if array is not None]
+    if not _arguments.same_place(target, query):
+        others.append(query)
+    clash = any(_arguments.overlap(target, array) for array in others)
+    result = _core.attention(*problem, None if clash else target, return_lse)
+    if clash:
+        fresh = result[0] if return_lse else result
+        _explain.check_out(target, fresh.shape, query)
+        target[...] = fresh
+    return (out, result[1]) if return_lse else out
+
+
+def repeat_kv(x: ArrayLike, n_rep: int, axis: int = -3) -> Array:
+    """Give each query head of a group its own copy of the key or value head that it reads.
+
+    What grouped attention makes unnecessary, and other attention code wants: Hugging Face's function of
+    this name and torch's ``repeat_interleave`` (head g becomes heads g * n_rep to (g + 1) * n_rep - 1).
+
+    Parameters
+    ----------
+    x : array_like, (..., Hkv, S, D), any dtype
+    n_rep : int
+        Query heads per group, at least 1.
+    axis : int
+        The axis of heads.
+
+    Returns
+    -------
+    ndarray, (..., Hkv * n_rep, S, D)
+        A copy, also for ``n_rep=1``; C-contiguous, native byte order.
+
+    Raises
+    ------
+    ValueError
+        n_rep below 1, or no such axis.
+    TypeError
+        n_rep or axis is no int, or x is a masked array.
+
+    Examples
+    --------
+    >>> repeat_kv(np.array([[[1.0]], [[2.0]]]), 2)[:, 0, 0]
+    array([1., 1., 2., 2.])
+    """
+    array = x if type(x) is ndarray else _arguments.as_array("repeat_kv", "x", x)
+    times = _arguments.as_int("repeat_kv", "n_rep", n_rep, least=1)
+    where = _arguments.as_axis("repeat_kv", "axis", axis, array)
+    return np.repeat(array, times, axis=where).astype(native(array.dtype), order="C", copy=False)
+
+
+def kv_cache_nbytes(
+    batch: int, seq_len: int, num_kv_heads: int, head_dim: int, *, num_layers: int = 1, dtype: DTypeLike = "float16"
+) -> int:
+    """Bytes of the keys and values that a decoder keeps: 2 * layers * batch * seq_len * heads * head_dim * itemsize.
+
+    Parameters
+    ----------
+    batch, seq_len, num_kv_heads, head_dim, num_layers : int
+        At least 0. heads is what GQA shrinks: Hkv, not Hq.
+    dtype : dtype or its name
+        "bfloat16" and the other ml_dtypes are known; int8 counts the numbers, not their scales.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        A negative number.
+    TypeError
+        A number that is no int, or no such dtype.
+
+    Examples
+    --------
+    Llama 3 8B with 8192 tokens, in GiB:
+
+    >>> kv_cache_nbytes(1, 8192, 8, 128, num_layers=32, dtype="bfloat16") / 2**30
+    1.0
+    """
+    call = "kv_cache_nbytes"
+    numbers = {"batch": batch, "seq_len": seq_len, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    counts = [_arguments.as_int(call, name, n, least=0) for name, n in (*numbers.items(), ("num_layers", num_layers))]
+    return 2 * math.prod(counts) * _arguments.as_dtype(call, "dtype", dtype).itemsize
