@@ -28,7 +28,7 @@ __all__ = ["TINY", "Cache", "Config", "Layer", "Llama", "load"]
 
 TINY = Path(__file__).parent / "tiny"  # the trained model in this package
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # float32 wherever nothing else is said
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------
@@ -36,7 +36,8 @@ Array = NDArray[np.float32]
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Each row of x (..., E) divided by its root mean square, times weight (E,). arXiv:1910.07467."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    mean_square: Array = np.mean(x * x, axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + eps) * weight
 
 
 def rope_angles(positions: NDArray[np.int64], head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -59,8 +60,9 @@ def silu(x: Array) -> Array:
 
 def log_softmax(logits: Array) -> Array:
     """Logarithm of the softmax along the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted: Array = logits - logits.max(axis=-1, keepdims=True)
+    total: Array = np.exp(shifted).sum(axis=-1, keepdims=True)
+    return shifted - np.log(total)
 
 
 # --- the model --------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class Llama:
         value = self._heads(x @ layer.v_proj.T)
         if cache is not None:
             key, value = cache.append(index, key, value)
-        out = self.attention(query, key, value, is_causal=True, causal_alignment="lower_right")
+        out: Array = self.attention(query, key, value, is_causal=True, causal_alignment="lower_right")
         return out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1) @ layer.o_proj.T
 
     def _heads(self, x: Array) -> Array:

@@ -1,0 +1,219 @@
+"""What grouped-query attention saves and what it costs, measured on this machine with the shipped model.
+
+For every number of key/value heads the multi-head model can be pooled to: parameters, bytes a token takes
+in the cache, time to decode a token at a long context, bits per byte on held-out text. Then a text that
+the model writes, and how far our attention is from plain float64 NumPy on the model's own activations.
+
+Called by `gqa-ext demo`; `run` does the same in a notebook.
+"""
+
+import itertools
+import statistics
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from . import cpu_info, get_num_threads, kv_cache_nbytes
+from .llama import TINY, Llama, load
+
+__all__ = ["NOTEBOOK", "Report", "Row", "run"]
+
+NUM_KEYS = 32_768  # keys in the cache while decoding is timed
+ROUNDS = 15  # timings of each variant; the median counts
+TEXT_BYTES = 16_384  # of the held-out text, read by each variant
+ORACLE_BYTES = 512  # of the same text, compared with float64
+PROMPT = "HOPE, n.  "
+NEW_BYTES = 320
+
+NOTEBOOK = """\
+from gqa_ext import demo, llama
+model = llama.load()
+print(demo.run(model))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of key/value heads and what was measured with it.
+
+    Attributes
+    ----------
+    num_kv_heads, parameters : int
+    kv_bytes : int
+        Bytes a token takes in a float32 cache, all layers.
+    decode_ms : float
+        Milliseconds for one token of the whole model behind a long context, median.
+    bits_per_byte : float
+        On the held-out text.
+    """
+
+    num_kv_heads: int
+    parameters: int
+    kv_bytes: int
+    decode_ms: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `run` measured; print it.
+
+    Attributes
+    ----------
+    title : str
+    num_heads : int
+        Query heads.
+    rows : tuple of Row
+        From MHA to MQA.
+    prompt, text : str
+        What the model was given, and what it wrote.
+    largest_error : float
+        Largest absolute difference from the float64 oracle.
+    num_keys : int
+        Keys in the cache while decoding was timed.
+    num_bytes : int
+        Bytes of held-out text that were read.
+    """
+
+    title: str
+    num_heads: int
+    rows: tuple[Row, ...]
+    prompt: str
+    text: str
+    largest_error: float
+    num_keys: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, "", self._table(), "", self._sample(), "", self._accuracy()])
+
+    def _table(self) -> str:
+        lines = [
+            "                     parameters   KV bytes       decode   bits per",
+            "key/value heads                   per token    per token       byte",
+            "-" * 68,
+        ]
+        for row in self.rows:
+            name = {self.num_heads: "MHA", 1: "MQA"}.get(row.num_kv_heads, "GQA")
+            lines.append(
+                f"{row.num_kv_heads:>3}  {name}, {self.num_heads // row.num_kv_heads:>2} to one"
+                f"{row.parameters:>14,}{row.kv_bytes:>12,}{row.decode_ms:>10.2f} ms{row.bits_per_byte:>11.3f}"
+            )
+        note = (
+            f"Decode: the whole model, one token, float32, {self.num_keys:,} keys in the cache; median of {ROUNDS} runs. "
+            f"Bits per byte: {self.num_bytes:,} bytes the model was not trained on; heads pooled by their mean, "
+            "no training afterwards."
+        )
+        return "\n".join([*lines, *textwrap.wrap(note, 80)])
+
+    def _sample(self) -> str:
+        lines = [line for part in (self.prompt + self.text).splitlines() for line in textwrap.wrap(part, 76) or [""]]
+        return "\n".join([f"The MHA model continues {self.prompt!r}:", "", *(f"  {line}".rstrip() for line in lines)])
+
+    def _accuracy(self) -> str:
+        return f"Largest difference from float64 NumPy on the model's own activations: {self.largest_error:.1e}"
+
+
+def oracle(query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> NDArray[np.float64]:
+    """Causal attention of the last rows, softmax(Q K^T / sqrt(D)) V, in float64 and nothing but NumPy.
+
+    Query is (..., Hq, Sq, D), key and value are (..., Hkv, Sk, D); the last query row sees every key.
+    """
+    group = query.shape[-3] // key.shape[-3]
+    key, value = (np.repeat(x.astype(np.float64), group, axis=-3) for x in (key, value))
+    scores = query.astype(np.float64) @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+    rows, keys = scores.shape[-2:]
+    scores[..., ~np.tri(rows, keys, keys - rows, dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True) @ value
+    return result
+
+
+def largest_error(model: Llama, text: bytes) -> float:
+    """Largest absolute difference from the oracle in any layer while the model reads a text."""
+    errors = []
+
+    def checked(query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], **rules: Any) -> NDArray[Any]:
+        out: NDArray[Any] = model.attention(query, key, value, **rules)
+        errors.append(float(np.abs(out - oracle(query, key, value)).max()))
+        return out
+
+    replace(model, attention=checked).forward(text)
+    return max(errors)
+
+
+def decode_times(models: Sequence[Llama], num_keys: int) -> list[float]:
+    """Median milliseconds in which each model decodes one token behind `num_keys` random keys and values.
+
+    The models take turns, so that whatever else the machine does meets them all; a first round is not timed.
+    """
+    rng = np.random.default_rng(0)
+    caches = [model.new_cache(num_keys + 1) for model in models]
+    for store in itertools.chain.from_iterable((cache.keys, cache.values) for cache in caches):
+        rng.standard_normal(out=store, dtype=np.float32)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in tqdm(range(ROUNDS + 1), desc="decoding", disable=None, leave=False):
+        for model, cache, measured in zip(models, caches, times, strict=True):
+            cache.length = num_keys
+            start = time.perf_counter()
+            model.forward([0], cache)
+            measured.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(measured[1:]) for measured in times]
+
+
+def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int = NUM_KEYS) -> Report:
+    """Pool a byte-level model to every possible number of key/value heads and measure each.
+
+    Parameters
+    ----------
+    model : Llama, optional
+        Default: the one shipped with this package.
+    text : bytes, optional
+        Text the model was not trained on. Default: the first TEXT_BYTES of the shipped model's.
+    num_keys : int
+        Length of the context at which decoding is timed.
+
+    Returns
+    -------
+    Report
+
+    Examples
+    --------
+    >>> from gqa_ext import demo
+    >>> report = demo.run()
+    >>> [row.num_kv_heads for row in report.rows]
+    [8, 4, 2, 1]
+    """
+    model = load() if model is None else model
+    text = (TINY / "heldout.txt").read_bytes()[:TEXT_BYTES] if text is None else text
+    config = model.config
+    heads = config.num_key_value_heads
+    models = [model.pooled(count) for count in range(heads, 0, -1) if heads % count == 0]
+    times = decode_times(models, num_keys)
+    rows = [
+        Row(
+            num_kv_heads=pooled.config.num_key_value_heads,
+            parameters=pooled.num_parameters,
+            kv_bytes=kv_cache_nbytes(
+                1, 1, pooled.config.num_key_value_heads, config.head_dim,
+                num_layers=config.num_hidden_layers, dtype="float32",
+            ),
+            decode_ms=decode_ms,
+            bits_per_byte=pooled.bits_per_byte(text),
+        )
+        for pooled, decode_ms in tqdm(list(zip(models, times, strict=True)), desc="reading", disable=None, leave=False)
+    ]  # fmt: skip
+    written = tqdm(model.generate(PROMPT, NEW_BYTES), total=NEW_BYTES, desc="writing", disable=None, leave=False)
+    title = (
+        f"{config.num_hidden_layers} layers, {config.num_attention_heads} query heads of {config.head_dim}, "
+        f"on {cpu_info()['isa']} with {get_num_threads()} threads"
+    )
+    continuation = bytes(written).decode("ascii", "backslashreplace")
+    error = largest_error(model, text[:ORACLE_BYTES])
+    return Report(title, config.num_attention_heads, tuple(rows), PROMPT, continuation, error, num_keys, len(text))
