@@ -7,6 +7,7 @@
  * in double with the rounding error beside it, divided, and rounded once.
  * Assumes no contraction to fma (-ffp-contract=off) and FLT_EVAL_METHOD 0.
  * Called by module.c (gqa_ext.convert.pool_heads). */
+#include "elements.h"
 #include "gqa.h"
 #include "half.h"
 #include "pool.h"
@@ -14,7 +15,7 @@
 #include <math.h>
 
 enum {
-    CHUNK = 1024,          /* elements of a row: three rows of doubles stay in L1 */
+    CHUNK = 1024,          /* elements of a row: a few rows of doubles stay in L1 */
     TASK_ELEMENTS = 1 << 17, /* read by one task: long beside a dispatch, short beside 0.2 s */
 };
 
@@ -42,90 +43,11 @@ struct row {
 };
 
 struct buffers {
-    double x[CHUNK], sum[CHUNK], error[CHUNK];
+    double x[CHUNK], sum[CHUNK], error[CHUNK], mean[CHUNK];
     char plain[CHUNK * sizeof(double)]; /* elements packed, native byte order */
 };
 
-static const size_t itemsizes[] = {
-    [GQA_FLOAT16] = 2, [GQA_BFLOAT16] = 2, [GQA_FLOAT32] = 4, [GQA_FLOAT64] = 8};
-
-/* -- moving elements ------------------------------------------------------- */
-
-static inline void copy_sized(char *dst, int64_t dst_stride, const char *src, int64_t src_stride,
-                              int64_t length, size_t size, bool swap)
-{
-    for (int64_t i = 0; i < length; i++, dst += dst_stride, src += src_stride)
-        for (size_t byte = 0; byte < size; byte++)
-            dst[byte] = src[swap ? size - 1 - byte : byte];
-}
-
-static void copy_elements(char *dst, int64_t dst_stride, const char *src, int64_t src_stride,
-                          int64_t length, size_t size, bool swap)
-{
-    const bool packed = dst_stride == (int64_t)size && src_stride == (int64_t)size;
-    if (packed && !swap)
-        memcpy(dst, src, (size_t)length * size);
-    else if (size == 2)
-        copy_sized(dst, dst_stride, src, src_stride, length, 2, swap);
-    else if (size == 4)
-        copy_sized(dst, dst_stride, src, src_stride, length, 4, swap);
-    else
-        copy_sized(dst, dst_stride, src, src_stride, length, 8, swap);
-}
-
-/* x[i] = src[i], exactly; src is packed and native, of any alignment. */
-static void widen(double *restrict x, const char *restrict src, int64_t length,
-                  enum gqa_dtype dtype)
-{
-    uint16_t half;
-    float single;
-    switch (dtype) {
-    case GQA_FLOAT16:
-        for (int64_t i = 0; i < length; i++) {
-            memcpy(&half, src + 2 * i, sizeof half);
-            x[i] = (double)gqa_float16_to_float(half);
-        }
-        break;
-    case GQA_BFLOAT16:
-        for (int64_t i = 0; i < length; i++) {
-            memcpy(&half, src + 2 * i, sizeof half);
-            x[i] = (double)gqa_bfloat16_to_float(half);
-        }
-        break;
-    case GQA_FLOAT32:
-        for (int64_t i = 0; i < length; i++) {
-            memcpy(&single, src + 4 * i, sizeof single);
-            x[i] = (double)single;
-        }
-        break;
-    default:
-        memcpy(x, src, (size_t)length * sizeof *x);
-    }
-}
-
-/* dst[i] = x[i], rounded once; dst is packed and native. */
-static void narrow(char *restrict dst, const double *restrict x, int64_t length,
-                   enum gqa_dtype dtype) {
-    switch (dtype)
-{
-    case GQA_FLOAT16:
-        for (int64_t i = 0; i < length; i++)
-            memcpy(dst + 2 * i, &(uint16_t){gqa_double_to_float16(x[i])}, 2);
-        break;
-    case GQA_BFLOAT16:
-        for (int64_t i = 0; i < length; i++)
-            memcpy(dst + 2 * i, &(uint16_t){gqa_double_to_bfloat16(x[i])}, 2);
-        break;
-    case GQA_FLOAT32:
-        for (int64_t i = 0; i < length; i++)
-            memcpy(dst + 4 * i, &(float){(float)x[i]}, 4);
-        break;
-    default:
-        memcpy(dst, x, (size_t)length * sizeof *x);
-    }
-}
-
-/* -- one row --------------------------------------------------------------- */
+/* ---- one row ---- */
 
 static double member_weight(const struct gqa_pool_heads *problem, int64_t group, int64_t member)
 {
@@ -136,6 +58,15 @@ static const char *member_row(const struct pooling *p, const struct row *row, in
 {
     const int64_t *members = p->problem->members + row->group * p->problem->members_per_head;
     return row->weight + members[member] * p->head_stride;
+}
+
+static void start(double *restrict sum, double *restrict error, const double *restrict x,
+                  double weight, int64_t length)
+{
+    for (int64_t i = 0; i < length; i++) {
+        sum[i] = weight * x[i];
+        error[i] = 0;
+    }
 }
 
 /* sum + error is the running sum, exact but for what error itself rounds away: 2^-105 of the largest part. */
@@ -157,20 +88,23 @@ static double sum_members(const struct pooling *p, const struct row *row, double
 {
     const struct gqa_array *weight = &p->problem->weight;
     double total = 0;
-    for (int64_t i = 0; i < row->length; i++)
-        b->sum[i] = -0.0, b->error[i] = 0; /* -0 adds nothing, not even a sign */
+    bool first = true;
     for (int64_t member = 0; member < p->problem->members_per_head; member++) {
         const double share = scale * member_weight(p->problem, row->group, member);
         if (share == 0) /* dropped by selection: its NaN does not count either */
             continue;
         const char *source = member_row(p, row, member);
         if (weight->swapped || p->element.weight_stride != (int64_t)p->itemsize) {
-            copy_elements(b->plain, (int64_t)p->itemsize, source, p->element.weight_stride,
+            gqa_copy_elements(b->plain, (int64_t)p->itemsize, source, p->element.weight_stride,
                           row->length, p->itemsize, weight->swapped);
             source = b->plain;
         }
-        widen(b->x, source, row->length, weight->dtype);
-        add(b->sum, b->error, b->x, share, row->length);
+        gqa_widen(b->x, source, row->length, weight->dtype);
+        if (first)
+            start(b->sum, b->error, b->x, share, row->length);
+        else
+            add(b->sum, b->error, b->x, share, row->length);
+        first = false;
         total += share;
     }
     return total;
@@ -185,10 +119,10 @@ static inline double head(double x)
 
 /* (sum + error) / total rounded to odd: the last bit stands for all that follow, so
  * that rounding once more, to 24 bits or fewer, gives what rounding once would. */
-static inline double divide_to_odd(double sum, double error, double total)
+static double divide_to_odd(double sum, double error, double total)
 {
-    error = sum - sum == 0 ? error : 0; /* beside inf or NaN it is NaN */
-    const double dividend = error == 0 ? sum : sum + error; /* keeps the sign of -0, as below */
+    const bool has_error = sum - sum == 0 && error != 0; /* beside inf or NaN error is NaN and says nothing */
+    const double dividend = has_error ? sum + error : sum; /* -0 stays -0 */
     const double seen = dividend - sum;
     const double rest = (sum - (dividend - seen)) + (error - seen);
 
@@ -204,29 +138,44 @@ static inline double divide_to_odd(double sum, double error, double total)
     return gqa_double_from_bits(!inexact || bits & 1 ? bits : outwards ? bits + 1 : bits - 1);
 }
 
+/* Within 4 units in the last place of a tie between two numbers of 24 bits or fewer. */
+static inline bool near_tie(double x)
+{
+    return ((gqa_double_bits(x) + 4) & 0xfffff) < 8;
+}
+
 /* In float64 the sums are plain double ones; a sum that overflowed is taken again 2^-64 times as large. */
 static void mean_double(const struct pooling *p, const struct row *row, struct buffers *b)
 {
-    double mean[CHUNK];
     double total = sum_members(p, row, 1.0, b);
-    bool finite = true;
+    int64_t overflowed = 0;
     for (int64_t i = 0; i < row->length; i++) {
-        mean[i] = b->sum[i] / total;
-        finite &= isfinite(mean[i]) != 0;
+        b->mean[i] = b->sum[i] / total;
+        overflowed |= b->mean[i] - b->mean[i] != 0;
     }
-    if (!finite) {
-        total = sum_members(p, row, 0x1p-64, b);
-        for (int64_t i = 0; i < row->length; i++)
-            mean[i] = isfinite(mean[i]) ? mean[i] : b->sum[i] / total;
-    }
-    memcpy(b->x, mean, (size_t)row->length * sizeof *mean);
+    if (!overflowed)
+        return;
+    total = sum_members(p, row, 0x1p-64, b);
+    for (int64_t i = 0; i < row->length; i++)
+        b->mean[i] = isfinite(b->mean[i]) ? b->mean[i] : b->sum[i] / total;
 }
 
+/* For the narrower types.  A quotient that is exact, or rounded but not beside a tie,
+ * gives in one more rounding what a single one would; the others are rounded to odd. */
 static void mean_narrow(const struct pooling *p, const struct row *row, struct buffers *b)
 {
     const double total = sum_members(p, row, 1.0, b);
+    int exponent;
+    int64_t rounded = frexp(total, &exponent) != 0.5; /* as wide as a double: the loop vectorises */
     for (int64_t i = 0; i < row->length; i++)
-        b->x[i] = divide_to_odd(b->sum[i], b->error[i], total);
+        rounded |= b->error[i] != 0;
+    for (int64_t i = 0; i < row->length; i++)
+        b->mean[i] = (rounded ? b->sum[i] + b->error[i] : b->sum[i]) / total;
+    if (!rounded)
+        return;
+    for (int64_t i = 0; i < row->length; i++)
+        if (near_tie(b->mean[i])) /* so are inf, NaN and 0 */
+            b->mean[i] = divide_to_odd(b->sum[i], b->error[i], total);
 }
 
 /* The one live member of a group, or -1. */
@@ -259,12 +208,12 @@ static void pool_row(const struct pooling *p, const struct row *row, struct buff
             mean_double(p, row, b);
         else
             mean_narrow(p, row, b);
-        narrow(b->plain, b->x, row->length, out->dtype);
+        gqa_narrow(b->plain, b->mean, row->length, out->dtype);
     }
-    copy_elements(row->out, p->element.out_stride, source, stride, row->length, p->itemsize, swap);
+    gqa_copy_elements(row->out, p->element.out_stride, source, stride, row->length, p->itemsize, swap);
 }
 
-/* -- all rows -------------------------------------------------------------- */
+/* ---- all rows ---- */
 
 static struct row locate(const struct pooling *p, int64_t index)
 {
@@ -342,7 +291,7 @@ static void cut_rows(struct pooling *p)
     p->rows_per_task = reads < TASK_ELEMENTS ? TASK_ELEMENTS / reads : 1;
 }
 
-/* -- what is asked --------------------------------------------------------- */
+/* ---- what is asked ---- */
 
 static bool members_fit(const struct gqa_pool_heads *problem)
 {
@@ -386,7 +335,7 @@ enum gqa_status gqa_pool_heads_run(const struct gqa_pool_heads *problem, struct 
 {
     if (!arrays_fit(problem) || !members_fit(problem))
         return GQA_BAD_ARGUMENT;
-    struct pooling p = {.problem = problem, .itemsize = itemsizes[problem->weight.dtype]};
+    struct pooling p = {.problem = problem, .itemsize = gqa_itemsize(problem->weight.dtype)};
     list_dims(&p);
     cut_rows(&p);
     if (p.rows == 0)

@@ -53,7 +53,8 @@ static inline float gqa_float16_to_float(uint16_t half)
     const uint32_t normal = shifted + (shifted < 0x0f800000u ? 0x38000000u : 0x70000000u);
     /* A subnormal is put on top of 2^-14 and this is taken away again: exact, and no slow float subnormal. */
     const uint32_t subnormal = gqa_float_bits(gqa_float_from_bits(shifted + 0x38800000u) - 0x1p-14f);
-    return gqa_float_from_bits((shifted < 0x00800000u ? subnormal : normal) | sign);
+    const uint32_t chosen = 0u - (uint32_t)(shifted < 0x00800000u);
+    return gqa_float_from_bits((subnormal & chosen) | (normal & ~chosen) | sign);
 }
 
 /* A 16-bit format is a sign, an exponent with the given bias, and fraction_bits. */
