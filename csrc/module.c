@@ -166,8 +166,8 @@ static bool on_main_thread(void)
 static bool stop_on_signal(void *arg)
 {
     struct released *gil = arg;
-    if (gil->raised)
-        return true;
+    if (gil->raised || !on_main_thread())
+        return gil->raised;
     PyEval_RestoreThread(gil->thread);
     gil->raised = PyErr_CheckSignals() < 0;
     gil->thread = PyEval_SaveThread();
@@ -178,7 +178,7 @@ static struct gqa_poll release_gil(struct released *gil)
 {
     gil->raised = false;
     gil->thread = PyEval_SaveThread();
-    return (struct gqa_poll){on_main_thread() ? stop_on_signal : NULL, gil};
+    return (struct gqa_poll){stop_on_signal, gil};
 }
 
 static enum gqa_status take_gil(struct released *gil, enum gqa_status status)
