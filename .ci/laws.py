@@ -84,10 +84,13 @@ def python_functions(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def functions(sources: Sources) -> Iterator[tuple[str, str, int, int]]:
-    for path, text in select(sources, *C_CODE):
-        yield from ((path, *function) for function in c_functions(text))
-    for path, text in select(sources, "*.py"):
-        yield from ((path, *function) for function in python_functions(text))
+    """Path, name, first line and lines of every function."""
+    for path, text in select(sources, *C_CODE, "*.py"):
+        try:
+            yield from ((path, *f) for f in (python_functions if path.endswith(".py") else c_functions)(text))
+        except (SyntaxError, ValueError) as error:
+            error.add_note(f"in {path}")
+            raise
 
 
 def long_functions(sources: Sources) -> Iterator[str]:
