@@ -90,12 +90,13 @@ def as_axis(call: str, name: str, thing: Any, array: Array) -> int:
 def as_dtype(call: str, name: str, thing: Any) -> np.dtype[Any]:
     """A dtype with a size; None, which NumPy takes for float64, is not one."""
     try:
-        dtype = np.dtype(thing)
+        dtype: np.dtype[Any] = np.dtype(thing)
     except TypeError:
         dtype = np.dtype(object)
     if thing is None or dtype.hasobject or dtype.itemsize == 0:
         came = repr(thing) if isinstance(thing, str) else kind(thing)
-        fail(TypeError, call, f"{name} is {came}", "a dtype was wanted", f'pass {name}="float16", "bfloat16" or "float32"')
+        fix = f'pass {name}="float16", "bfloat16" or "float32"'
+        fail(TypeError, call, f"{name} is {came}", "a dtype was wanted", fix)
     return dtype
 
 
@@ -112,7 +113,8 @@ def as_real(call: str, name: str, thing: Any, fix: str) -> float:
 
 def as_scale(thing: Any) -> float:
     """A finite float."""
-    scale = thing if type(thing) is float else as_real(ATTENTION, "scale", thing, "pass a float, or None for 1/sqrt(head_dim)")
+    fix = "pass a float, or None for 1/sqrt(head_dim)"
+    scale = thing if type(thing) is float else as_real(ATTENTION, "scale", thing, fix)
     if not math.isfinite(scale):
         wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
         fail(ValueError, ATTENTION, f"scale is {scale}", wanted, "leave it out or pass a finite one")
@@ -177,8 +179,8 @@ def warn_unequal(query: Array, key: Array) -> None:
     if query.ndim < 2 or key.ndim < 2:
         return  # C refuses them
     message = (
-        f"{ATTENTION}(): is_causal with {query.shape[-2]} query rows and {key.shape[-2]} key rows aligns the first of both, "
-        "as torch does; for decoding and chunked prefill, where the last ones belong together, pass "
+        f"{ATTENTION}(): is_causal with {query.shape[-2]} query rows and {key.shape[-2]} key rows aligns "
+        "the first of both, as torch does; for decoding and chunked prefill, where the last ones belong together, pass "
         "causal_alignment='lower_right'; pass 'upper_left' to keep this without a warning"
     )
     level, frame = 1, sys._getframe()
@@ -189,8 +191,9 @@ def warn_unequal(query: Array, key: Array) -> None:
 
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share a byte; where that is too hard to tell, yes."""
+    enough: Any = 10_000  # candidate solutions, some microseconds; NumPy's stub knows only -1 and 0
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=enough)
     except np.exceptions.TooHardError:
         return True
 

@@ -102,8 +102,9 @@ def _use_environment() -> None:
             _core.isa_use(name)
         except ValueError as error:
             there = ", ".join(_core.isa_available())
-            message = f"import gqa_ext: GQA_ISA is {name!r}; an instruction set of this CPU was wanted: set it to one of {there}"
-            raise ImportError(message) from error
+            came = f"import gqa_ext: environment variable GQA_ISA is {name!r}"
+            wanted = "the name of an instruction set of this CPU was wanted"
+            raise ImportError(f"{came}; {wanted}: set it to one of {there}, or unset it") from error
     _core.set_num_threads(default_num_threads())
 
 

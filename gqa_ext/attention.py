@@ -5,6 +5,7 @@ hands the odd ones to _arguments.py, and makes one call.  A usual call is well u
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: F401  makes "bfloat16" a name that np.dtype knows
@@ -63,8 +64,9 @@ def scaled_dot_product_attention(
     if not (type(is_causal) is type(enable_gqa) is type(return_lse) is bool):
         is_causal, enable_gqa, return_lse = _arguments.as_flags(
             is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)  # fmt: skip
-    if not (window is softcap is alibi_slopes is sinks is query_lengths is kv_lengths is query_positions is key_positions
-            is rng is None and type(dropout_p) is float and dropout_p == 0.0 and return_weights is False):  # fmt: skip
+    if not (window is softcap is alibi_slopes is sinks is query_lengths is kv_lengths is query_positions
+            is key_positions is rng is None and type(dropout_p) is float and dropout_p == 0.0
+            and return_weights is False):  # fmt: skip
         _arguments.refuse_rules(
             dropout_p, return_weights, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             query_lengths=query_lengths, kv_lengths=kv_lengths, query_positions=query_positions,
@@ -76,7 +78,7 @@ def scaled_dot_product_attention(
     return _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
 
 
-def _attend_into(out: Array, problem: tuple[Any, ...], return_lse: bool) -> Any:
+def _attend_into(out: Array, problem: Sequence[Any], return_lse: bool) -> Any:
     """The call with ``out``, which comes back itself, whatever subclass of ndarray it is.
 
     C reads its inputs while it writes, so only query may lie in the very same place.

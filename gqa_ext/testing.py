@@ -5,15 +5,15 @@ from contextlib import contextmanager
 
 from . import _core
 
-__all__ = ["isa_names", "use_isa"]
+__all__ = ["available_isas", "use_isa"]
 
 
-def isa_names() -> tuple[str, ...]:
+def available_isas() -> tuple[str, ...]:
     """Names that :func:`use_isa` takes here, best first, such as ``("avx512", "avx2", "scalar")``.
 
     Examples
     --------
-    >>> isa_names()[-1]
+    >>> available_isas()[-1]
     'scalar'
     """
     return _core.isa_available()
@@ -28,7 +28,7 @@ def use_isa(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        One of :func:`isa_names`.
+        One of :func:`available_isas`.
 
     Raises
     ------
