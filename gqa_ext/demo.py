@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from . import cpu_info, get_num_threads, kv_cache_nbytes
+from . import cpu_info, kv_cache_nbytes
 from .llama import TINY, Llama, load
 
 __all__ = ["NOTEBOOK", "Report", "Row", "run"]
@@ -106,7 +106,7 @@ class Report:
                 f"{row.parameters:>14,}{row.kv_bytes:>12,}{row.decode_ms:>10.2f} ms{row.bits_per_byte:>11.3f}"
             )
         note = (
-            f"Decode: the whole model, one token, float32, {self.num_keys:,} keys in the cache; median of {ROUNDS} runs. "
+            f"Decode: the whole model, one token, float32, {self.num_keys:,} keys in the cache; median of {ROUNDS}. "
             f"Bits per byte: {self.num_bytes:,} bytes the model was not trained on; heads pooled by their mean, "
             "no training afterwards."
         )
@@ -210,9 +210,10 @@ def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int 
         for pooled, decode_ms in tqdm(list(zip(models, times, strict=True)), desc="reading", disable=None, leave=False)
     ]  # fmt: skip
     written = tqdm(model.generate(PROMPT, NEW_BYTES), total=NEW_BYTES, desc="writing", disable=None, leave=False)
+    cpu = cpu_info()
     title = (
-        f"{config.num_hidden_layers} layers, {config.num_attention_heads} query heads of {config.head_dim}, "
-        f"on {cpu_info()['isa']} with {get_num_threads()} threads"
+        f"A Llama of {config.num_hidden_layers} layers with {config.num_attention_heads} query heads of "
+        f"{config.head_dim}\non {cpu['model'] or cpu['machine']}, {cpu['isa']}, {cpu['num_threads']} threads"
     )
     continuation = bytes(written).decode("ascii", "backslashreplace")
     error = largest_error(model, text[:ORACLE_BYTES])

@@ -54,8 +54,9 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """x * sigmoid(x); written with tanh, which cannot overflow."""
-    return 0.5 * x * (1 + np.tanh(0.5 * x))
+    """x * sigmoid(x); the sigmoid by way of tanh, which cannot overflow."""
+    sigmoid: Array = 0.5 + 0.5 * np.tanh(0.5 * x)
+    return x * sigmoid
 
 
 def log_softmax(logits: Array) -> Array:
