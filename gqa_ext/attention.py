@@ -5,8 +5,7 @@ hands the odd ones to _arguments.py, and makes one call.  A usual call is well u
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes  # noqa: F401  makes "bfloat16" a name that np.dtype knows
 import numpy as np
@@ -16,6 +15,9 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _arguments, _core, _explain
 from ._docs import shared_docs
 from ._explain import Array, native
+
+# query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa
+Problem: TypeAlias = tuple[Array, Array, Array, Array | None, bool, bool, float | None, bool]
 
 
 @shared_docs
@@ -78,7 +80,7 @@ def scaled_dot_product_attention(
     return _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
 
 
-def _attend_into(out: Array, problem: Sequence[Any], return_lse: bool) -> Any:
+def _attend_into(out: Array, problem: Problem, return_lse: bool) -> Any:
     """The call with ``out``, which comes back itself, whatever subclass of ndarray it is.
 
     C reads its inputs while it writes, so only query may lie in the very same place.
