@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import bounds
 import numpy as np
-from gqa_ext import cpu_info, scaled_dot_product_attention
 from reference import Problem
+
+from gqa_ext import cpu_info, scaled_dot_product_attention
 
 # (query shape, key shape, head_dim of value): tile edges, tails of every lane width, decode, groups
 SHAPES = [
