@@ -15,6 +15,7 @@
 
 #include <limits.h>
 #include <stdbool.h>
+#include <string.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -315,8 +316,9 @@ static PyObject *isa_current(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 
 static PyObject *isa_use(PyObject *Py_UNUSED(module), PyObject *name)
 {
-    const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : NULL;
-    if (!text || gqa_isa_use(text) != GQA_OK) {
+    Py_ssize_t length;
+    const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, &length) : NULL;
+    if (!text || strlen(text) != (size_t)length || gqa_isa_use(text) != GQA_OK) {
         PyErr_Clear(); /* a lone surrogate has no UTF-8 */
         return explain("isa_use", &name, 1);
     }

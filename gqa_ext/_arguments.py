@@ -25,7 +25,7 @@ def as_array(call: str, name: str, thing: Any) -> Array:
         fix = f"pass {name}.filled(...) and the masked slots in attn_mask"
         fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", fix)
     if thing is None or isinstance(thing, (bool, str, bytes)):
-        fail(TypeError, call, f"{name} is {kind(thing)}", wanted, fix)
+        fail(TypeError, call, f"{name} is {kind(thing)}", wanted, f"pass an array as {name}")
     try:
         array = np.asarray(thing)
     except ValueError as error:
@@ -58,7 +58,8 @@ def as_flag(call: str, name: str, thing: Any) -> bool:
     """True or False; NumPy's are taken, numbers are not."""
     if isinstance(thing, (bool, np.bool_)):
         return bool(thing)
-    return fail(TypeError, call, f"{name} is {kind(thing)}", "True or False was wanted", f"pass {name}=True or False")
+    fix = f"pass {name}=True or False" + (", and scale by its name" if isinstance(thing, float) else "")
+    return fail(TypeError, call, f"{name} is {kind(thing)}", "True or False was wanted", fix)
 
 
 def as_flags(**things: Any) -> list[bool]:
@@ -94,9 +95,8 @@ def as_dtype(call: str, name: str, thing: Any) -> np.dtype[Any]:
     except TypeError:
         dtype = np.dtype(object)
     if thing is None or dtype.hasobject or dtype.itemsize == 0:
-        came = repr(thing) if isinstance(thing, str) else kind(thing)
         fix = f'pass {name}="float16", "bfloat16" or "float32"'
-        fail(TypeError, call, f"{name} is {came}", "a dtype was wanted", fix)
+        fail(TypeError, call, f"{name} is {kind(thing)}", "a dtype was wanted", fix)
     return dtype
 
 
@@ -108,7 +108,7 @@ def as_real(call: str, name: str, thing: Any, fix: str) -> float:
         return float(thing)
     except (TypeError, ValueError, OverflowError) as error:
         bad = ValueError if isinstance(error, OverflowError) else TypeError
-        fail(bad, call, f"{name} is {kind(thing)} ({error})", "a real number was wanted", fix)
+        fail(bad, call, f"{name} is {kind(thing)}", "a real number was wanted", fix)
 
 
 def as_scale(thing: Any) -> float:

@@ -34,7 +34,7 @@ def shapes(**arrays: Array | None) -> str:
 
 def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype, whatever byte order its arrays have."""
-    return dtype.newbyteorder("=")
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 # ---- attention ----
@@ -51,8 +51,8 @@ def attention(
     enable_gqa: Any,
     out: Any,
     return_lse: Any,
-) -> None:
-    """Raise what is wrong with the arguments of ``_core.attention``; return only if nothing is."""
+) -> NoReturn:
+    """Raise what is wrong with the arguments of ``_core.attention``."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_array(ATTENTION, name, array)
         check_dtype(name, array)
@@ -69,6 +69,10 @@ def attention(
         check_scale(scale)
     if out is not None:
         check_out(out, shape, query)
+    arrays = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "out": out}
+    flags = f"{is_causal=}, {alignment=}, {scale=}, {enable_gqa=}, {return_lse=}"
+    came = ", ".join(f"{name} is {brief(array)}" for name, array in arrays.items())
+    fail(ValueError, ATTENTION, f"{came}; {flags}", "C refuses this and no check here says why", "please report it")
 
 
 def check_array(call: str, name: str, array: Any) -> None:
@@ -78,12 +82,13 @@ def check_array(call: str, name: str, array: Any) -> None:
 
 
 def kind(thing: Any) -> str:
-    """``None``, ``a list``, ``a torch.Tensor``."""
-    if thing is None or isinstance(thing, bool):
+    """``None``, ``0.5, a float``, ``a list``, ``a torch.Tensor``."""
+    if thing is None or isinstance(thing, (bool, np.bool_, type)):
         return repr(thing)
     cls = type(thing)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    return ("an " if name[0] in "aeiou" else "a ") + name
+    name = ("an " if name[0] in "aeiou" else "a ") + name
+    return f"{thing!r:.40}, {name}" if isinstance(thing, (int, float, complex, str, bytes)) else name
 
 
 def check_dtype(name: str, array: Array) -> None:
@@ -115,7 +120,7 @@ def check_same_precision(query: Array, key: Array, value: Array) -> None:
     if len(set(types.values())) > 1:
         odd = [name for name, dtype in types.items() if dtype != np.float64]
         came = ", ".join(f"{name} is {dtype}" for name, dtype in types.items())
-        fix = f"pass {odd[0]}.astype(np.float64), or the others as float32"
+        fix = f"pass {odd[0]}.astype(np.float64), or all three as float32"
         fail(TypeError, ATTENTION, came, "float64 goes only with float64", fix)
 
 
