@@ -194,7 +194,7 @@ def as_shares(weights: Any, members: NDArray[np.int64]) -> NDArray[np.float64]:
         fail(TypeError, CALL, f"weights has dtype {array.dtype}", "real numbers were wanted", fix)
     if array.shape != (members.size,):
         fail(ValueError, CALL, f"weights has shape {array.shape}", f"(num_heads,) = ({members.size},) was wanted", fix)
-    rows = array.astype(np.float64)[members]
+    rows: NDArray[np.float64] = array.astype(np.float64)[members]
     if not np.isfinite(rows).all():
         bad = np.flatnonzero(~np.isfinite(array.astype(np.float64))).tolist()
         fail(ValueError, CALL, f"weights is NaN or infinite for heads {bad}", "finite numbers were wanted", fix)

@@ -1,0 +1,141 @@
+"""What module.py accepts: each function returns an argument in the form the layer works with, or raises.
+
+``call`` is the name that messages begin with.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ._arguments import as_array, as_dtype, as_int, as_real
+from ._explain import COMPUTED, LATER, Array, fail, kind, native, shapes
+
+# ---- the constructor ----
+
+
+def refuse_later(call: str, **keywords: Any) -> None:
+    """Keywords that the contract has and this version does not: any that is switched on raises."""
+    for name, setting in keywords.items():
+        off = name == "softcap" and np.ndim(setting) == 0 and setting == 0
+        if setting is not None and not off:
+            came = setting if isinstance(setting, (int, float, str, tuple)) else kind(setting)
+            fail(NotImplementedError, call, f"{name} is {came}", f"{name} is not implemented yet", f"pass {name}=None")
+
+
+def as_head_dim(call: str, head_dim: Any, embed_dim: int, num_heads: int) -> int:
+    """The default shares embed_dim out among the heads."""
+    if head_dim is not None:
+        return as_int(call, "head_dim", head_dim, 1)
+    if embed_dim % num_heads:
+        came = f"embed_dim is {embed_dim} for num_heads {num_heads}"
+        fail(ValueError, call, came, "a multiple of num_heads was wanted", "pass head_dim= for heads of another size")
+    return embed_dim // num_heads
+
+
+def as_kv_heads(call: str, num_kv_heads: Any, num_heads: int) -> int:
+    """A divisor of num_heads."""
+    number = as_int(call, "num_kv_heads", num_kv_heads, 1)
+    if num_heads % number:
+        divisors = ", ".join(str(n) for n in range(1, min(num_heads, 256) + 1) if num_heads % n == 0)
+        came = f"num_kv_heads is {number} for num_heads {num_heads}"
+        fail(ValueError, call, came, "a divisor of num_heads was wanted", f"pass one of {divisors}")
+    return number
+
+
+def as_dropout(call: str, dropout: Any) -> float:
+    """A probability, and until dropout exists that of nothing."""
+    number = as_real(call, "dropout", dropout, "pass dropout=0.0")
+    if not 0 <= number <= 1:
+        fail(ValueError, call, f"dropout is {number}", "a probability between 0 and 1 was wanted", "pass dropout=0.0")
+    if number:
+        fail(NotImplementedError, call, f"dropout is {number}", "dropout is not implemented yet", "pass dropout=0.0")
+    return number
+
+
+def as_scale(call: str, scale: Any) -> float | None:
+    """A finite number, or None for 1 / sqrt(head_dim)."""
+    if scale is None:
+        return None
+    number = as_real(call, "scale", scale, "pass a float, or None for 1/sqrt(head_dim)")
+    if not math.isfinite(number):
+        fail(ValueError, call, f"scale is {number}", "a finite number was wanted", "leave it out or pass a finite one")
+    return number
+
+
+def as_layer_dtype(call: str, dtype: Any) -> np.dtype[Any]:
+    """float32 or float64, in native byte order."""
+    number = native(as_dtype(call, "dtype", dtype))
+    wanted, fix = "float32 or float64 was wanted", "pass dtype='float32'"
+    if number in LATER:
+        fail(NotImplementedError, call, f"dtype is {number}, which is not implemented yet", wanted, fix)
+    if number not in COMPUTED:
+        fail(TypeError, call, f"dtype is {number}", wanted, fix)
+    return number
+
+
+def as_rng(call: str, rng: Any) -> np.random.Generator:
+    """Any seed that NumPy takes; a Generator is used as it stands."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        fix = "pass an int of at least 0, a numpy.random.Generator or None"
+        fail(type(error), call, f"rng is {kind(rng)} ({error})", "a seed was wanted", fix)
+
+
+# ---- the call ----
+
+
+def as_inputs(
+    call: str, query: Any, key: Any, value: Any, widths: tuple[int, int], dtype: np.dtype[Any]
+) -> tuple[Array, Array, Array]:
+    """Three arrays that go together; ``widths`` are embed_dim and kv_embed_dim."""
+    query = _as_input(call, "query", query, "embed_dim", widths[0], dtype)
+    if key is None and widths[0] != widths[1]:
+        came = f"key is None, and query has {widths[0]} features"
+        fail(ValueError, call, came, f"kv_embed_dim {widths[1]} was wanted", "pass the sequence to attend to as key")
+    key = query if key is None else _as_input(call, "key", key, "kv_embed_dim", widths[1], dtype)
+    value = key if value is None else _as_input(call, "value", value, "kv_embed_dim", widths[1], dtype)
+    where = shapes(query=query, key=key, value=value)
+    if not query.ndim == key.ndim == value.ndim:
+        came = f"query has {query.ndim} dimensions, key {key.ndim} and value {value.ndim}"
+        fix = "add the batch with [None] or drop it with [0]"
+        fail(ValueError, call, came, f"all with or all without a batch were wanted ({where})", fix)
+    if key.shape[-2] != value.shape[-2]:
+        came = f"value has {value.shape[-2]} rows but key has {key.shape[-2]}"
+        fail(ValueError, call, came, f"each key needs its value ({where})", "leave value out to use key")
+    if query.ndim == 3 and len({len(query), len(key), len(value)} - {1}) > 1:
+        came = f"key has a batch of {len(key)} and value of {len(value)} but query of {len(query)}"
+        fail(ValueError, call, came, f"the same or 1 was wanted ({where})", "repeat or slice one of them")
+    return query, key, value
+
+
+def _as_input(call: str, name: str, thing: Any, option: str, width: int, dtype: np.dtype[Any]) -> Array:
+    """(B, N, width) or (N, width) of the layer's dtype."""
+    array = as_array(call, name, thing)
+    if not hasattr(thing, "dtype") and array.dtype.kind in "iuf":  # a list has no dtype that could disagree
+        array = array.astype(dtype)
+    if native(array.dtype) != dtype:
+        fix = f"pass {name}.astype(np.{dtype})"
+        if native(array.dtype) in COMPUTED:
+            fix += f", or build the layer with dtype={str(native(array.dtype))!r}"
+        fail(TypeError, call, f"{name} has dtype {array.dtype}", f"the layer's dtype {dtype} was wanted", fix)
+    if array.ndim not in (2, 3):
+        wanted = f"(batch, sequence, {width}) or (sequence, {width}) was wanted"
+        fix = f"pass {name}[None]" if array.ndim == 1 else "make one dimension of the leading ones with reshape"
+        fail(ValueError, call, f"{name} has shape {array.shape}", wanted, fix)
+    if array.shape[-1] != width:
+        came, wanted = f"{name} has {array.shape[-1]} features", f"{option} {width} was wanted ({name} {array.shape})"
+        fail(ValueError, call, came, wanted, f"pass other features, or build the layer with {option}={array.shape[-1]}")
+    return array
+
+
+def as_head_mask(call: str, thing: Any, num_heads: int, dtype: np.dtype[Any]) -> Array:
+    """(num_heads,) of the layer's dtype."""
+    array = as_array(call, "head_mask", thing)
+    fix = f"pass {num_heads} factors, 1 to keep a head and 0 to switch it off"
+    if array.dtype.kind not in "biuf" and native(array.dtype) not in LATER:
+        fail(TypeError, call, f"head_mask has dtype {array.dtype}", "real numbers were wanted", fix)
+    if array.shape != (num_heads,):
+        fail(ValueError, call, f"head_mask has shape {array.shape}", f"(num_heads,) = ({num_heads},) was wanted", fix)
+    return array.astype(dtype)

@@ -1,0 +1,117 @@
+"""What ``GroupedQueryAttention.from_mha`` starts from: any multi-head layer as a configuration and weights.
+
+The layer's own module class, a torch.nn.MultiheadAttention (known by its attributes, torch is never imported),
+any other object with a ``state_dict()``, or a state dict. Called by module.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._arguments import as_int
+from ._explain import Array, fail, kind
+from ._state import PROJECTIONS, STACKED, State, as_state, listed, translate
+
+CALL = "GroupedQueryAttention.from_mha"
+_TORCH_MHA = ("in_proj_weight", "out_proj", "bias_k", "bias_v", "add_zero_attn", "kdim", "vdim", "dropout")
+
+
+class MhaSource(NamedTuple):
+    """A layer in numbers."""
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    options: dict[str, Any]  # the keywords of GroupedQueryAttention
+    state: dict[str, Array]  # under our names
+
+
+def read_mha(source: Any, num_heads: int | None) -> MhaSource:
+    """The source in numbers; ValueError for what a GroupedQueryAttention cannot express."""
+    options: dict[str, Any] = {}
+    if all(hasattr(source, name) for name in _TORCH_MHA):
+        options = _torch_options(source)
+    if not isinstance(source, Mapping) and hasattr(source, "state_dict"):
+        num_heads = _agreed_heads(num_heads, getattr(source, "num_heads", None))
+        source = source.state_dict()
+    elif not isinstance(source, Mapping):
+        wanted = "a module, a torch.nn.MultiheadAttention or a state dict was wanted"
+        fail(TypeError, CALL, f"source is {kind(source)}", wanted, "pass module.state_dict() and num_heads")
+    if num_heads is None:
+        wanted = "a state dict does not say how many heads it has"
+        fail(ValueError, CALL, "num_heads is None", wanted, "pass num_heads=")
+    state = translate(as_state(CALL, source), None)
+    _check_names(state)
+    return _measure(state.arrays, as_int(CALL, "num_heads", num_heads, 1), options)
+
+
+def _torch_options(source: Any) -> dict[str, Any]:
+    """What torch.nn.MultiheadAttention knows beside its weights."""
+    if source.bias_k is not None or source.bias_v is not None or source.add_zero_attn:
+        wanted = "a layer without extra keys was wanted"
+        fix = "build it with add_bias_kv=False and add_zero_attn=False"
+        fail(ValueError, CALL, "source has add_bias_kv or add_zero_attn", wanted, fix)
+    if source.kdim != source.vdim:
+        came = f"source has kdim {source.kdim} and vdim {source.vdim}"
+        fail(ValueError, CALL, came, "equal ones were wanted", "project one of them first")
+    return {"dropout": source.dropout}
+
+
+def _agreed_heads(asked: int | None, known: Any) -> int | None:
+    """num_heads from the argument, from the source, or both if they agree."""
+    if asked is not None and known is not None and asked != known:
+        came, wanted = f"num_heads is {asked} but source has {known}", "the same number was wanted"
+        fail(ValueError, CALL, came, wanted, "leave num_heads out")
+    return known if asked is None else asked
+
+
+def _check_names(state: State) -> None:
+    """All four weights, maybe biases, nothing else, and each once."""
+    weights = [f"{name}.weight" for name in PROJECTIONS]
+    missing = [name for name in weights if name not in state.arrays]
+    known = {*weights, *(f"{name}.bias" for name in PROJECTIONS)}
+    unexpected = [state.given[name] for name in state.arrays if name not in known]
+    bad = [name for name, array in state.arrays.items() if name in known and array.ndim != 1 + name.endswith("weight")]
+    problems = {
+        "lacks": missing,
+        "has unexpected": unexpected,
+        "repeats": state.twice,
+        "has misshaped": [*state.uncut.values(), *(f"{state.given[name]} {state.arrays[name].shape}" for name in bad)],
+    }
+    came = listed(problems)
+    if came:
+        wanted = f"{', '.join(weights)} (out, in) were wanted, with or without biases (out,)"
+        fix = "select one layer's entries and strip what stands before these names"
+        fail(ValueError, CALL, f"source {came}", wanted, fix)
+
+
+def _measure(state: dict[str, Array], num_heads: int, options: dict[str, Any]) -> MhaSource:
+    """Read the configuration off the shapes."""
+    (q_rows, embed_dim), (k_rows, kv_embed_dim), (v_rows, v_columns), (o_rows, o_columns) = (
+        state[f"{name}.weight"].shape for name in PROJECTIONS
+    )
+    head_dim = q_rows // num_heads
+    num_kv_heads = k_rows // head_dim if head_dim else 0
+    v_head_dim = v_rows // num_kv_heads if num_kv_heads else 0
+    fits = (
+        q_rows == num_heads * head_dim,
+        num_kv_heads and k_rows == num_kv_heads * head_dim and num_heads % num_kv_heads == 0,
+        v_head_dim and v_rows == num_kv_heads * v_head_dim and v_columns == kv_embed_dim,
+        o_columns == num_heads * v_head_dim and o_rows == embed_dim,
+    )
+    heights = zip(PROJECTIONS, (q_rows, k_rows, v_rows, o_rows), strict=True)
+    odd = [f"{name}.bias" for name, rows in heights if len(state.get(f"{name}.bias", range(rows))) != rows]
+    if not all(fits) or odd:
+        came = ", ".join(f"{name} {array.shape}" for name, array in state.items())
+        wanted = f"heads of one size for num_heads {num_heads} were wanted, and o_proj back to q_proj's input"
+        fail(ValueError, CALL, f"source has {came}", wanted, "check num_heads and that weights are (out, in)")
+    dtype = np.float64 if any(array.dtype == np.float64 for array in state.values()) else np.float32
+    arrays = {name: array.astype(dtype, copy=False) for name, array in state.items()}
+    bias = any(f"{name}.bias" in state for name in STACKED)
+    if bias:  # Whisper has none for keys, which is the same as zeros
+        for name, rows in zip(STACKED, (q_rows, k_rows, v_rows), strict=True):
+            arrays.setdefault(f"{name}.bias", np.zeros(rows, dtype))
+    measured = {"head_dim": head_dim, "v_head_dim": v_head_dim, "kv_embed_dim": kv_embed_dim}
+    measured |= {"bias": bias, "out_bias": "o_proj.bias" in state, "dtype": np.dtype(dtype).name}
+    return MhaSource(embed_dim, num_heads, num_kv_heads, options | measured, arrays)

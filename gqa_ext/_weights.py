@@ -1,0 +1,57 @@
+"""Attention weights, in NumPy, for who wants to look at them.
+
+Attention itself never forms them; only ``need_weights`` of module.py pays for this.
+"""
+
+import math
+
+import numpy as np
+
+from ._explain import Array
+
+
+def attention_weights(
+    query: Array, key: Array, lse: Array, attn_mask: Array | None, is_causal: bool, scale: float | None
+) -> Array:
+    """exp(score - lse), and exactly 0 in masked slots and in rows without keys, whatever lies there.
+
+    Parameters
+    ----------
+    query : ndarray (..., Hq, Sq, D)
+    key : ndarray (..., Hkv, Sk, D)
+    lse : ndarray (..., Hq, Sq)
+        As :func:`scaled_dot_product_attention` returned it for the same arguments.
+    attn_mask, is_causal, scale
+        As there; is_causal aligns the first row with the first key.
+
+    Returns
+    -------
+    ndarray (..., Hq, Sq, Sk), query's dtype
+    """
+    with np.errstate(all="ignore"):  # masked slots may hold anything
+        weights = _scores(query, key, scale)
+        live: Array = np.ones(weights.shape[-2:], bool)
+        if is_causal:
+            live = np.tri(*weights.shape[-2:], dtype=bool)
+        if attn_mask is not None and attn_mask.dtype == np.bool_:
+            live = live & attn_mask
+        elif attn_mask is not None:
+            wide = attn_mask.astype(np.float64)
+            limits = np.finfo(weights.dtype)
+            live = live & (wide != -np.inf)
+            weights += np.clip(wide, limits.min, limits.max).astype(weights.dtype)
+        weights -= lse[..., None]
+        np.exp(weights, out=weights)
+    np.copyto(weights, 0, where=~live | (lse == -np.inf)[..., None])
+    return weights
+
+
+def _scores(query: Array, key: Array, scale: float | None) -> Array:
+    """scale * query @ key^T, each key head beside the query heads that read it."""
+    *_, num_heads, rows, head_dim = query.shape
+    *_, num_kv_heads, keys, _ = key.shape
+    groups = query.reshape(*query.shape[:-3], num_kv_heads, num_heads // num_kv_heads, rows, head_dim)
+    scores = groups @ key[..., None, :, :].swapaxes(-1, -2)
+    scores *= 1 / math.sqrt(head_dim) if scale is None else scale
+    flat: Array = scores.reshape(*scores.shape[:-4], num_heads, rows, keys)
+    return flat
