@@ -13,10 +13,14 @@ use_built_package(__path__)
 from . import convert, testing  # noqa: E402
 from ._runtime import cpu_info, get_num_threads, set_num_threads  # noqa: E402
 from .attention import kv_cache_nbytes, repeat_kv, scaled_dot_product_attention  # noqa: E402
+from .module import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
     "convert",
     "cpu_info",
     "get_num_threads",

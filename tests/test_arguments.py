@@ -1,0 +1,206 @@
+"""What the calls take, in which order, and what they give back; their documentation's examples."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gqa_ext
+from gqa_ext import _runtime, attention, kv_cache_nbytes, repeat_kv, scaled_dot_product_attention, testing
+
+RNG = np.random.default_rng(5)
+QUERY = RNG.normal(size=(2, 8, 5, 16)).astype(np.float32)
+KEY = RNG.normal(size=(2, 2, 5, 16)).astype(np.float32)
+VALUE = RNG.normal(size=(2, 2, 5, 9)).astype(np.float32)
+
+
+def attend(**changes: Any) -> Any:
+    return scaled_dot_product_attention(**{"query": QUERY, "key": KEY, "value": VALUE, **changes})
+
+
+def test_signature_is_the_contract() -> None:
+    parameters = inspect.signature(scaled_dot_product_attention).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    by_name = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert positional == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
+    assert {"causal_alignment", "window", "softcap", "alibi_slopes", "sinks", "query_lengths", "kv_lengths"} < set(
+        by_name
+    )
+    assert {"query_positions", "key_positions", "return_lse", "return_weights", "rng", "out"} < set(by_name)
+    assert len(by_name) == 13
+    assert parameters["enable_gqa"].default is True
+
+
+def test_positional_order_is_torchs() -> None:
+    torch = pytest.importorskip("torch")
+    mask = RNG.normal(size=(5, 5)).astype(np.float32)
+    ours = scaled_dot_product_attention(QUERY, KEY, VALUE, mask, 0.0, False, 0.3, True)
+    tensors = [torch.from_numpy(array) for array in (QUERY, KEY, VALUE, mask)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*tensors, 0.0, False, scale=0.3, enable_gqa=True)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "heads", [(8, 8, 8), (8, 1, 1), (1, 8, 8), (8, 1, 8), (1, 1, 8), (8, 8, 1), (8, 2, 2), (2, 8, 8)]
+)
+def test_enable_gqa_false_broadcasts_heads_as_torch_does(heads: tuple[int, int, int]) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = [RNG.normal(size=(2, n, 5, 16)).astype(np.float32) for n in heads]
+    try:
+        theirs = torch.nn.functional.scaled_dot_product_attention(*map(torch.from_numpy, arrays)).numpy()
+    except RuntimeError:
+        with pytest.raises(ValueError, match=r"enable_gqa=True|equal heads"):
+            scaled_dot_product_attention(*arrays, enable_gqa=False)
+        return
+    ours = scaled_dot_product_attention(*arrays, enable_gqa=False)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_results() -> None:
+    out = attend()
+    assert isinstance(out, np.ndarray)
+    pair = attend(return_lse=True)
+    assert type(pair) is tuple
+    assert pair[0].shape == (2, 8, 5, 9)
+    assert pair[1].shape == (2, 8, 5)
+    assert pair[1].dtype == np.float32
+    assert attend(query=QUERY[0, 0], key=KEY[0, 0], value=VALUE[0, 0], return_lse=True)[1].shape == (5,)
+
+
+@pytest.mark.parametrize("flag", [True, np.True_])
+def test_numpy_bools_are_bools(flag: Any) -> None:
+    np.testing.assert_array_equal(attend(is_causal=flag), attend(is_causal=True))
+
+
+@pytest.mark.parametrize("scale", [1, np.float32(1), np.int8(1), np.array(1.0)])
+def test_real_numbers_are_scales(scale: Any) -> None:
+    np.testing.assert_array_equal(attend(scale=scale), attend(scale=1.0))
+
+
+def test_out_is_returned_itself() -> None:
+    out = np.empty((2, 8, 5, 9), np.float32)
+    assert attend(out=out) is out
+    again, lse = attend(out=out, return_lse=True)
+    assert again is out
+    np.testing.assert_array_equal(lse, attend(return_lse=True)[1])
+
+
+def test_out_of_a_subclass_is_returned_itself(tmp_path: Any) -> None:
+    out = np.memmap(tmp_path / "out", np.float32, "w+", shape=(2, 8, 5, 9))
+    assert attend(out=out) is out
+    np.testing.assert_array_equal(out, attend())
+
+
+def test_subclasses_are_plain_arrays_here() -> None:
+    class Tagged(np.ndarray):
+        pass
+
+    assert type(attend(query=QUERY.view(Tagged), value=VALUE.view(Tagged))) is np.ndarray
+
+
+def test_torch_tensors_are_array_likes() -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {"query": torch.from_numpy(QUERY), "key": torch.from_numpy(KEY), "value": torch.from_numpy(VALUE)}
+    np.testing.assert_array_equal(attend(**tensors), attend())
+    with pytest.raises(TypeError, match=r"query is a torch\.Tensor that NumPy cannot read .*query\.detach\(\)"):
+        attend(query=torch.from_numpy(QUERY).requires_grad_())
+    with pytest.raises(TypeError, match=r"key is a torch\.Tensor that NumPy cannot read .*\.float\(\)"):
+        attend(key=torch.from_numpy(KEY).bfloat16())
+
+
+# ---- the warning ----
+
+
+def causal_call(rows: int, **changes: Any) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attend(query=QUERY[:, :, :rows], is_causal=True, **changes)
+    return caught
+
+
+def test_causal_between_unequal_lengths_warns_the_caller() -> None:
+    (warning,) = causal_call(3)
+    assert warning.category is UserWarning
+    assert warning.filename == __file__
+    assert "3 query rows and 5 key rows" in str(warning.message)
+    assert "causal_alignment='lower_right'" in str(warning.message)
+
+
+def test_causal_is_silent_where_the_meaning_is_clear() -> None:
+    assert not causal_call(5)
+    assert not causal_call(3, causal_alignment="lower_right")
+    assert not causal_call(3, causal_alignment="upper_left")
+
+
+def test_an_alignment_alone_changes_nothing() -> None:
+    np.testing.assert_array_equal(attend(causal_alignment="lower_right"), attend())
+
+
+# ---- the helpers ----
+
+
+@pytest.mark.parametrize("axis", [-3, 1, 0, -1])
+def test_repeat_kv_is_repeat_interleave(axis: int) -> None:
+    torch = pytest.importorskip("torch")
+    expected = torch.repeat_interleave(torch.from_numpy(KEY), 3, dim=axis).numpy()
+    np.testing.assert_array_equal(repeat_kv(KEY, 3, axis=axis), expected)
+
+
+@pytest.mark.parametrize("n_rep", [1, 4])
+def test_repeat_kv_makes_equal_heads_for_grouped_ones(n_rep: int) -> None:
+    key, value = repeat_kv(KEY, n_rep), repeat_kv(VALUE, n_rep)
+    assert not np.shares_memory(key, KEY)
+    np.testing.assert_allclose(attend(key=key, value=value), attend(), rtol=1e-5, atol=1e-6)
+
+
+def test_repeat_kv_gives_native_contiguous_arrays_of_any_dtype() -> None:
+    out = repeat_kv(KEY.astype(">i4")[:, :, ::-1], 2)
+    assert out.dtype == np.int32
+    assert out.dtype.isnative
+    assert out.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected"),
+    [
+        ((1, 4096, 8, 128), {}, 2 * 4096 * 8 * 128 * 2),
+        ((2, 10, 3, 5), {"num_layers": 7, "dtype": np.float32}, 2 * 7 * 2 * 10 * 3 * 5 * 4),
+        ((1, 1, 1, 1), {"dtype": "bfloat16"}, 4),
+        ((1, 1, 1, 1), {"dtype": "int8"}, 2),
+        ((0, 4096, 8, 128), {}, 0),
+        ((2**20, 2**20, 2**10, 2**10), {"num_layers": np.int32(100)}, 400 * 2**60),
+    ],
+)
+def test_kv_cache_nbytes(args: tuple[int, ...], kwargs: dict[str, Any], expected: int) -> None:
+    assert kv_cache_nbytes(*args, **kwargs) == expected
+
+
+def test_set_num_threads_is_read_back() -> None:
+    before = gqa_ext.get_num_threads()
+    try:
+        gqa_ext.set_num_threads(np.int64(3))
+        assert gqa_ext.get_num_threads() == 3
+    finally:
+        gqa_ext.set_num_threads(before)
+
+
+@pytest.mark.parametrize("module", [gqa_ext, attention, testing, _runtime], ids=lambda module: module.__name__)
+def test_examples_run(module: Any) -> None:
+    before = gqa_ext.get_num_threads()
+    failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    gqa_ext.set_num_threads(before)
+    assert tried
+    assert not failed
+
+
+@pytest.mark.parametrize("name", gqa_ext.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    text = inspect.getdoc(getattr(gqa_ext, name)) or ""
+    assert len(text) > 40
+    assert not re.search(r"^ *\{\w+\}$", text, re.MULTILINE)  # a paragraph that nobody filled in
