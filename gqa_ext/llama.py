@@ -34,6 +34,12 @@ Array = NDArray[Any]  # float32 wherever nothing else is said
 # --- the arithmetic ---------------------------------------------------------------------------------------
 
 
+def linear(x: Array, weight: Array) -> Array:
+    """x (..., in) times weight (out, in): one matrix product, where np.matmul makes one per leading index."""
+    product: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+    return product.reshape(*x.shape[:-1], -1)
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Each row of x (..., E) divided by its root mean square, times weight (E,). arXiv:1910.07467."""
     mean_square: Array = np.mean(x * x, axis=-1, keepdims=True)
@@ -64,6 +70,15 @@ def log_softmax(logits: Array) -> Array:
     shifted: Array = logits - logits.max(axis=-1, keepdims=True)
     total: Array = np.exp(shifted).sum(axis=-1, keepdims=True)
     return shifted - np.log(total)
+
+
+def cut(tokens: NDArray[np.int64], size: int, batch: int = 4) -> Iterator[NDArray[np.int64]]:
+    """The windows of `size` tokens, up to `batch` at a time as (batch, size); what is left over last, (1, rest)."""
+    whole = tokens.size - tokens.size % size
+    for start in range(0, whole, batch * size):
+        yield tokens[start : min(start + batch * size, whole)].reshape(-1, size)
+    if whole < tokens.size:
+        yield tokens[None, whole:]
 
 
 # --- the model --------------------------------------------------------------------------------------------
@@ -103,18 +118,10 @@ class Layer:
 
 @dataclass
 class Cache:
-    """Keys and values of the tokens a model has seen: two arrays, filled from the left.
+    """Keys and values of the tokens a model has seen, filled from the left; what lies past `length` is not read."""
 
-    Attributes
-    ----------
-    keys, values : array of float32
-        Shape (layers, ..., key/value heads, capacity, head_dim).
-    length : int
-        Tokens seen, at most capacity; what lies behind is not read.
-    """
-
-    keys: Array
-    values: Array
+    keys: Array  # (layers, ..., key/value heads, capacity, D)
+    values: Array  # the same
     length: int = 0
 
     def append(self, index: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -173,21 +180,21 @@ class Llama:
         for index, layer in enumerate(self.layers):
             x = x + self._attend(index, rms_norm(x, layer.input_layernorm, eps), angles, cache)
             h = rms_norm(x, layer.post_attention_layernorm, eps)
-            x = x + (silu(h @ layer.gate_proj.T) * (h @ layer.up_proj.T)) @ layer.down_proj.T
+            x = x + linear(silu(linear(h, layer.gate_proj)) * linear(h, layer.up_proj), layer.down_proj)
         if cache is not None:
             cache.length += len(positions)
-        return rms_norm(x, self.norm, eps) @ self.lm_head.T
+        return linear(rms_norm(x, self.norm, eps), self.lm_head)
 
     def _attend(self, index: int, x: Array, angles: tuple[Array, Array], cache: Cache | None) -> Array:
         """The attention block of one layer: x (..., S, E) to (..., S, E)."""
         layer = self.layers[index]
-        query = rotate(self._heads(x @ layer.q_proj.T), *angles)
-        key = rotate(self._heads(x @ layer.k_proj.T), *angles)
-        value = self._heads(x @ layer.v_proj.T)
+        query = rotate(self._heads(linear(x, layer.q_proj)), *angles)
+        key = rotate(self._heads(linear(x, layer.k_proj)), *angles)
+        value = self._heads(linear(x, layer.v_proj))
         if cache is not None:
             key, value = cache.append(index, key, value)
         out: Array = self.attention(query, key, value, is_causal=True, causal_alignment="lower_right")
-        return out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1) @ layer.o_proj.T
+        return linear(out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1), layer.o_proj)
 
     def _heads(self, x: Array) -> Array:
         """(..., S, H * D) seen as (..., H, S, D)."""
@@ -251,12 +258,11 @@ class Llama:
         nothing of the one before it, its first byte is predicted from a newline.
         """
         tokens = self.encode(text)
-        context = context or self.config.max_position_embeddings
         bits = 0.0
-        for start in range(0, tokens.size, context):
-            window = tokens[start : start + context]
-            logits = self.forward(np.concatenate([[ord("\n")], window[:-1]]))
-            likelihood = np.take_along_axis(log_softmax(logits), window[:, None], axis=-1)
+        for windows in cut(tokens, context or self.config.max_position_embeddings):
+            newlines = np.full((len(windows), 1), ord("\n"))
+            logits = self.forward(np.concatenate([newlines, windows[:, :-1]], axis=1))
+            likelihood = np.take_along_axis(log_softmax(logits), windows[..., None], axis=-1)
             bits -= float(likelihood.sum(dtype=np.float64)) / math.log(2)
         return bits / tokens.size
 
