@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -179,6 +180,15 @@ def test_bits_per_byte(tiny):
         chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         bits += [-math.log2(row[byte]) for row, byte in zip(chances, window, strict=True)]
     assert tiny.bits_per_byte(text, context=10) == pytest.approx(np.mean(bits), rel=1e-5)
+
+
+def test_the_shipped_model_is_as_good_as_its_readme_says(tiny):
+    """And better than a Markov model of order 3, fitted to the same training text."""
+    table = (llama.TINY / "README.md").read_text(encoding="utf-8")
+    quoted = {row[0]: float(row[1]) for row in re.findall(r"^\| (.+?) \| (\d\.\d+) \|$", table, re.MULTILINE)}
+    bits = tiny.bits_per_byte((llama.TINY / "heldout.txt").read_bytes())
+    assert bits == pytest.approx(quoted["this model, weights in bfloat16"], abs=2e-3)
+    assert bits < quoted["Markov model of order 3"] - 0.1
 
 
 def test_pooling_equal_heads_changes_nothing(grouped):
