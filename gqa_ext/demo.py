@@ -94,7 +94,7 @@ class Report:
     num_bytes: int
 
     def __str__(self) -> str:
-        return "\n".join([self.title, "", self._table(), "", self._sample(), "", self._accuracy()])
+        return "\n".join([*textwrap.wrap(self.title, 80), "", self._table(), "", self._sample(), "", self._accuracy()])
 
     def _table(self) -> str:
         lines = [
@@ -164,7 +164,7 @@ def decode_times(models: Sequence[Llama], num_keys: int) -> list[float]:
     rng = np.random.default_rng(0)
     caches = [model.new_cache(num_keys + 1) for model in models]
     for store in itertools.chain.from_iterable((cache.keys, cache.values) for cache in caches):
-        rng.standard_normal(out=store, dtype=np.float32)
+        rng.random(out=store, dtype=np.float32)
     times: list[list[float]] = [[] for _ in models]
     for _ in tqdm(range(ROUNDS + 1), desc="decoding", disable=None, leave=False):
         for model, cache, measured in zip(models, caches, times, strict=True):
@@ -221,7 +221,7 @@ def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int 
     cpu = cpu_info()
     title = (
         f"A Llama of {config.num_hidden_layers} layers with {config.num_attention_heads} query heads of "
-        f"{config.head_dim}\non {cpu['model'] or cpu['machine']}, {cpu['isa']}, {cpu['num_threads']} threads"
+        f"{config.head_dim}, on {cpu['model'] or cpu['machine']}, {cpu['isa']}, {cpu['num_threads']} threads"
     )
     continuation = bytes(written).decode("ascii", "backslashreplace")
     accuracy = compare_with_oracle(model, text[:ORACLE_BYTES])
