@@ -33,6 +33,10 @@ build() { # COMPILER [FLAG...]
 status=0 count=0
 for program in "$folder"/test_*; do
     [ -x "$program" ] || continue
+    if [ -n "$wrapper" ] && [[ $program == *fork* ]]; then
+        echo "-- $(basename "$program") SKIPPED: a forked child of a process with threads hangs in qemu's user mode"
+        continue
+    fi
     echo "-- $wrapper $(basename "$program")"
     $wrapper "$program" || { echo "-- exit status $?"; status=1; }
     count=$((count + 1))
