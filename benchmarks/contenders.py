@@ -77,7 +77,7 @@ def _numpy(work: Work, sets: Sequence[Triple]) -> Built:
 
 
 def _ours(work: Work, sets: Sequence[Triple], threads: int, isa: str | None) -> Built:
-    import gqa_ext
+    import gqa_ext.testing
 
     gqa_ext.set_num_threads(threads)
     attention = gqa_ext.scaled_dot_product_attention

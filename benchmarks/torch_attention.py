@@ -33,15 +33,15 @@ def _forms(work: Work, sets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[st
 
     def expand(i: int) -> Tensor:
         q, k, v = sets[i % len(sets)]
-        shared = [x.view(batch * kv_heads, 1, seq_k, -1).expand(-1, group, -1, -1) for x in (k, v)]
+        shared_k, shared_v = (x.view(batch * kv_heads, 1, seq_k, -1).expand(-1, group, -1, -1) for x in (k, v))
         grouped = q.view(batch * kv_heads, group, seq_q, -1)
-        return scaled_dot_product_attention(grouped, *shared, attn_mask=mask, is_causal=square).view(q.shape)
+        return scaled_dot_product_attention(grouped, shared_k, shared_v, attn_mask=mask, is_causal=square).view(q.shape)
 
     def rows(i: int) -> Tensor:
         q, k, v = sets[i % len(sets)]
         return scaled_dot_product_attention(q.view(batch, kv_heads, group, -1), k, v).view(q.shape)
 
-    forms = {"enable_gqa": enable_gqa}
+    forms: dict[str, Call] = {"enable_gqa": enable_gqa}
     if group > 1:
         forms["expand"] = expand
         if seq_q == 1:
