@@ -10,19 +10,15 @@ import numpy as np
 from ._explain import Array
 
 
-def attention_weights(
-    query: Array, key: Array, lse: Array, attn_mask: Array | None, is_causal: bool, scale: float | None
-) -> Array:
-    """exp(score - lse), and exactly 0 in masked slots and in rows without keys, whatever lies there.
+def attention_weights(query: Array, key: Array, attn_mask: Array | None, is_causal: bool, scale: float | None) -> Array:
+    """softmax(scores), and exactly 0 in masked slots and in rows without keys, whatever lies there.
 
     Parameters
     ----------
     query : ndarray (..., Hq, Sq, D)
     key : ndarray (..., Hkv, Sk, D)
-    lse : ndarray (..., Hq, Sq)
-        As :func:`scaled_dot_product_attention` returned it for the same arguments.
     attn_mask, is_causal, scale
-        As there; is_causal aligns the first row with the first key.
+        As in :func:`gqa_ext.scaled_dot_product_attention`; is_causal aligns the first row with the first key.
 
     Returns
     -------
@@ -30,9 +26,7 @@ def attention_weights(
     """
     with np.errstate(all="ignore"):  # masked slots may hold anything
         weights = _scores(query, key, scale)
-        live: Array = np.ones(weights.shape[-2:], bool)
-        if is_causal:
-            live = np.tri(*weights.shape[-2:], dtype=bool)
+        live: Array = np.tri(*weights.shape[-2:], dtype=bool) if is_causal else np.ones(weights.shape[-2:], bool)
         if attn_mask is not None and attn_mask.dtype == np.bool_:
             live = live & attn_mask
         elif attn_mask is not None:
@@ -40,9 +34,13 @@ def attention_weights(
             limits = np.finfo(weights.dtype)
             live = live & (wide != -np.inf)
             weights += np.clip(wide, limits.min, limits.max).astype(weights.dtype)
-        weights -= lse[..., None]
+        np.copyto(weights, -np.inf, where=~live)
+        top = weights.max(axis=-1, keepdims=True, initial=-np.inf)
+        weights -= np.where(top == -np.inf, 0, top)
         np.exp(weights, out=weights)
-    np.copyto(weights, 0, where=~live | (lse == -np.inf)[..., None])
+        total = weights.sum(axis=-1, keepdims=True)
+        weights /= np.where(total == 0, 1, total)
+    np.copyto(weights, 0, where=~live)  # beside NaN, too
     return weights
 
 

@@ -205,15 +205,13 @@ class GroupedQueryAttention(Projections):
         v = _split(self.v_proj(value), self.num_kv_heads)
         leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
-        _, lse = scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=self.scale, return_lse=True, out=attended.swapaxes(-2, -3)
-        )
+        scaled_dot_product_attention(q, k, v, mask, 0.0, causal, self.scale, out=attended.swapaxes(-2, -3))
         if heads is not None:
             attended *= heads[:, None]
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
         if not weighed:
             return out
-        weights = attention_weights(q, k, lse, mask, causal, self.scale)
+        weights = attention_weights(q, k, mask, causal, self.scale)
         return out, weights if heads is None else weights * heads[:, None, None]
 
     @classmethod
