@@ -11,16 +11,13 @@ from pathlib import Path
 
 
 def use_built_package(path: list[str]) -> None:
-    """Point ``path`` at the installed package if there is no _core here; ImportError if there is none anywhere."""
-    if PathFinder.find_spec("gqa_ext._core", path) is not None:
-        return
-    here = Path(path[0]).resolve()
-    elsewhere = [entry for entry in sys.path if (Path(entry) / "gqa_ext").resolve() != here]
-    installed = PathFinder.find_spec("gqa_ext", elsewhere)
-    folders = list(installed.submodule_search_locations or ()) if installed is not None else []
-    if PathFinder.find_spec("gqa_ext._core", folders) is None:
-        raise ImportError(
-            f"import gqa_ext: {here} is the source folder and holds no compiled gqa_ext._core for this Python; "
-            f"the package must be built first: run `python -m pip install .` in {here.parent}"
-        )
-    path[:] = folders
+    """Point ``path`` at a folder of sys.path that holds _core; ImportError if there is none."""
+    here = Path(path[0]).absolute()
+    for folder in [here, *(Path(entry).absolute() / "gqa_ext" for entry in sys.path)]:
+        if PathFinder.find_spec("gqa_ext._core", [str(folder)]) is not None:
+            path[:] = [str(folder)]
+            return
+    raise ImportError(
+        f"import gqa_ext: {here} is the source folder and holds no compiled gqa_ext._core for this Python; "
+        f"the package must be built first: run `python -m pip install .` in {here.parent}"
+    )
