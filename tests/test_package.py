@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def clone(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["py.typed", "_core.pyi", "tiny/config.json", "tiny/model.safetensors"])
 def test_data_files_are_installed(name: str) -> None:
-    assert (files("gqa_ext") / name).is_file()
+    assert (INSTALLED / name).is_file()
 
 
 def test_import_loads_run_time_dependencies_only(tmp_path: Path) -> None:
