@@ -8,12 +8,12 @@ Needs the `bench` extra: `pip install ".[bench]"`. README.md beside this file sa
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import report
@@ -77,12 +77,15 @@ def _machine(threads: int) -> str:
     blas = [pool for pool in threadpoolctl.threadpool_info() if "numpy" in pool["filepath"]]
     kernels = ", ".join(f"{pool['internal_api']} {pool['architecture']}" for pool in blas)
     versions = [f"numpy {numpy.__version__} ({kernels})"]
-    for package in ("gqa_ext", "torch", "onnxruntime"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} absent")
+    versions += [f"{package} {_version(package)}" for package in ("gqa_ext", "torch", "onnxruntime")]
     return f"{_cpu_name()}, {os.cpu_count()} cores, {threads} threads each; {'; '.join(versions)}"
+
+
+def _version(package: str) -> str:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError:
+        return "absent"
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 from numpy.typing import NDArray
 from works import GEMM, NUMPY, ORT, OURS, READ, TORCH, WIDEST, Work
 
@@ -104,7 +105,8 @@ def _gemm(work: Work) -> Built:
     rng = np.random.default_rng(1)
     a, b = (_aligned((GEMM_SIZE, GEMM_SIZE), work.dtype, rng) for _ in range(2))
     out = np.empty_like(a)
-    return lambda i: np.matmul(a, b, out=out), f"{GEMM_SIZE} x {GEMM_SIZE} x {GEMM_SIZE}"
+    kernels = {pool.get("architecture") for pool in threadpoolctl.threadpool_info() if "numpy" in pool["filepath"]}
+    return lambda i: np.matmul(a, b, out=out), f"{GEMM_SIZE} cubed, kernel {', '.join(map(str, kernels))}"
 
 
 def _read(sets: Sequence[Triple], threads: int) -> Built:

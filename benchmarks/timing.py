@@ -86,4 +86,5 @@ class Bystanders:
             return None
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
         ticks = user + nice + system + irq + softirq + steal
-        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+        own = os.times()
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(own[:4])  # with those of child processes that have ended
