@@ -134,7 +134,7 @@ class Cache:
         return self.keys[index][..., :stop, :], self.values[index][..., :stop, :]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Llama:
     """A Llama model for inference in float32.
 
@@ -277,6 +277,9 @@ class Llama:
             )
             layers.append(replace(layer, k_proj=k_proj, v_proj=v_proj))
         return replace(self, config=config, layers=tuple(layers))
+
+    def __repr__(self) -> str:
+        return f"<Llama, {self.num_parameters:,} parameters, {self.config}>"
 
     @property
     def num_parameters(self) -> int:
