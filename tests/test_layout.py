@@ -123,9 +123,7 @@ def test_zero_strides(axis: int, isa: str) -> None:
     """Dimensions repeated by broadcast_to, for each operand and all of them."""
     for seq_q in (2, 50):
         given = arrays("float32", seq_q, 140)
-        repeated = {
-            name: np.broadcast_to(np.take(x, [0], axis).clip(-9, 9), x.shape) for name, x in given.items()
-        }
+        repeated = {name: np.broadcast_to(np.take(x, [0], axis).clip(-9, 9), x.shape) for name, x in given.items()}
         for name in NAMES:
             agree({**given, name: repeated[name]}, isa, f"axis {axis} of {name}")
         agree(repeated, isa, f"axis {axis} of all")
@@ -239,7 +237,14 @@ def test_out_that_cannot_be_written() -> None:
     given = arrays("float32", 4, 9)
     fine = np.empty((2, 4, 4, 10), np.float32)
     self_overlapping = np.lib.stride_tricks.as_strided(fine, strides=(*fine.strides[:-2], 4, 4))
-    bad = [read_only(fine), self_overlapping, np.broadcast_to(fine[:1], fine.shape), fine[:1], fine[..., :-1], fine[None]]
+    bad = [
+        read_only(fine),
+        self_overlapping,
+        np.broadcast_to(fine[:1], fine.shape),
+        fine[:1],
+        fine[..., :-1],
+        fine[None],
+    ]
     for out in bad:
         with pytest.raises(ValueError, match=r"scaled_dot_product_attention\(\): out"):
             gqa_ext.scaled_dot_product_attention(**given, out=out)

@@ -86,9 +86,7 @@ def test_keys_masked_for_some(seq_q: int, seq_k: int, dtype: str, where: str, po
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
 @pytest.mark.parametrize(("seq_q", "seq_k"), [*SIZES, (140, 140), (300, 20)])
-def test_later_keys_under_causal(
-    seq_q: int, seq_k: int, alignment: str, dtype: str, poison: float, isa: str
-) -> None:
+def test_later_keys_under_causal(seq_q: int, seq_k: int, alignment: str, dtype: str, poison: float, isa: str) -> None:
     query, key, value = ordinary(seq_q, seq_k, dtype)
     for foul in (seq_k - 1, seq_k // 2):
         key[:, foul], value[:, foul] = poison, poison

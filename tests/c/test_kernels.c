@@ -1,0 +1,369 @@
+/* test_kernels.c: every kernel of every table this CPU can run, against a plain loop in double.
+ *
+ * The tables come from the real dispatch; sizes are the edges of vectors and tiles, values of
+ * all kinds, buffers exactly as large as kernels.h promises.  Linked with csrc/ without
+ * module.c; also cross-compiled and run under qemu, which is how NEON is tested. */
+#include "kernel_check.h"
+
+#define COUNT(list) ((int)(sizeof(list) / sizeof *(list)))
+
+static const int few_sizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 13};
+static const int lane_sizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49, 65, 100};
+static const int key_sizes[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 100, 127, 128};
+
+/* ---- outer and outer_careful ---- */
+
+struct product {
+    int n, lanes, count;
+    ptrdiff_t c_stride, a_stride, b_n, b_t;
+    void *c, *scale, *a, *b;
+};
+
+/* Element (i, lane) of the result, and the sum of the absolute values of its terms. */
+static double outer_element(const struct product *p, int i, int lane, bool careful, double *size) {
+    double sum = p->scale ? get(p->c, i * p->c_stride + lane) * get(p->scale, lane) : 0;
+    *size = fabs(sum);
+    for (int t = 0; t < p->count; t++) {
+        const double x = get(p->a, t * p->a_stride + lane), y = get(p->b, i * p->b_n + t * p->b_t);
+        if (careful && (x == 0 || y == 0)) continue;
+        sum += x * y;
+        *size += fabs(x * y);
+    }
+    return sum;
+}
+
+static void check_outer(const struct product *p, bool careful) {
+    const ptrdiff_t reals_in_c = p->n * p->c_stride;
+    void *c = copy_of(p->c, reals_in_c);
+    (careful ? kernels->outer_careful : kernels->outer)(c, p->c_stride, p->scale, p->a, p->a_stride, p->lanes, p->b,
+                                                        p->b_n, p->b_t, p->n, p->count);
+    for (int i = 0; i < p->n; i++) {
+        double size;
+        for (int lane = 0; lane < p->lanes; lane++) {
+            const double wanted = outer_element(p, i, lane, careful, &size);
+            const double allowed = (p->count + 4) * (epsilon() * size + tiny() * epsilon());
+            expect("c", i, lane, get(c, i * p->c_stride + lane), wanted, allowed);
+        }
+        for (ptrdiff_t gap = padded(p->lanes); gap < p->c_stride; gap++)
+            expect("gap", i, gap, get(c, i * p->c_stride + gap), get(p->c, i * p->c_stride + gap), 0);
+    }
+    judge(careful ? "outer_careful" : "outer", p->n, p->lanes, p->count, p->b_t == 1);
+    free(c);
+}
+
+/* NaN and infinities that a factor 0 drops, and some that nothing drops. */
+static void poison(const struct product *p) {
+    for (int t = 0; t < p->count; t += 3) {
+        put(p->b, (p->n - 1) * p->b_n + t * p->b_t, t % 2 ? NAN : INFINITY);
+        for (int lane = 0; lane < p->lanes; lane += 2) put(p->a, t * p->a_stride + lane, 0);
+        put(p->a, t * p->a_stride, t % 2 ? 0 : NAN);
+        put(p->b, t * p->b_t, 0);
+    }
+}
+
+static void test_outer_of(int n, int lanes, int count, enum kind kind, bool b_rows, bool scaled) {
+    struct product p = {.n = n, .lanes = lanes, .count = count, .c_stride = padded(lanes) + 3, .a_stride = lanes + 1};
+    p.b_n = b_rows ? count + 2 : 1;
+    p.b_t = b_rows ? 1 : n + 2;
+    p.a = drawn(count ? (count - 1) * p.a_stride + lanes : 0, kind);
+    p.b = drawn(count ? (n - 1) * p.b_n + (count - 1) * p.b_t + 1 : 0, kind == DENORMAL ? RANDOM : kind);
+    p.c = scaled ? drawn(n * p.c_stride, RANDOM) : reals(n * p.c_stride, 7e7); /* 7e7: to be overwritten */
+    p.scale = scaled ? drawn(padded(lanes), WITH_ZEROS) : NULL;
+    check_outer(&p, false);
+    check_outer(&p, true);
+    poison(&p);
+    check_outer(&p, true);
+    free(p.a), free(p.b), free(p.c), free(p.scale);
+}
+
+static void test_outer(void) {
+    for (int n = 0; n < COUNT(few_sizes); n++)
+        for (int lanes = 0; lanes < COUNT(lane_sizes); lanes++) {
+            const int counts[] = {0, 1, 3, 17, 128};
+            for (int count = 0; count < COUNT(counts); count++)
+                test_outer_of(few_sizes[n], lane_sizes[lanes], counts[count], (enum kind)((n + lanes + count) % KINDS),
+                              (lanes + count) % 2, (n + count) % 2);
+        }
+}
+
+/* ---- dot ---- */
+
+static void test_dot_of(int rows, int keys, int head_dim, enum kind kind) {
+    const ptrdiff_t q_stride = padded(head_dim), k_stride = head_dim + 1;
+    void *q = reals(rows * q_stride, 0), *k = drawn((keys - 1) * k_stride + head_dim, kind);
+    void *s = reals(rows * GQA_KEY_TILE, 7e7);
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < head_dim; t++) put(q, r * q_stride + t, value_of(kind == DENORMAL ? RANDOM : kind));
+    kernels->dot(s, q, q_stride, rows, k, k_stride, keys, head_dim);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < GQA_KEY_TILE; j++) {
+            if (j >= keys && j < (keys + 3) / 4 * 4) continue; /* anything may stand there */
+            double sum = j < keys ? 0 : 7e7, size = 0;
+            for (int t = 0; t < head_dim && j < keys; t++) {
+                const double term = get(q, r * q_stride + t) * get(k, j * k_stride + t);
+                sum += term;
+                size += fabs(term);
+            }
+            expect("s", r, j, get(s, r * GQA_KEY_TILE + j), sum,
+                   (head_dim + 4) * (epsilon() * size + tiny() * epsilon()));
+        }
+    judge("dot", rows, keys, head_dim, (int)kind);
+    free(q), free(k), free(s);
+}
+
+static void test_dot(void) {
+    for (int rows = 0; rows < COUNT(few_sizes); rows++)
+        for (int keys = 0; keys < COUNT(key_sizes); keys++)
+            for (int head_dim = rows % 2; head_dim < COUNT(lane_sizes); head_dim += 2)
+                test_dot_of(few_sizes[rows], key_sizes[keys], lane_sizes[head_dim],
+                            (enum kind)((rows + keys + head_dim) % KINDS));
+}
+
+/* ---- soften ---- */
+
+struct softening {
+    bool in_lanes;
+    int rows, keys; /* rows: lanes, or rows of s */
+    ptrdiff_t row_step, key_step;
+    void *s, *bias, *lo, *hi, *m, *l;
+};
+
+static double *finished_scores(const struct softening *p, int r, double *top) {
+    double *score = malloc((size_t)p->keys * sizeof *score);
+    if (!score) exit(3);
+    for (int j = 0; j < p->keys; j++) {
+        const ptrdiff_t at = r * p->row_step + j * p->key_step;
+        const double bias = p->bias ? get(p->bias, at) : 0;
+        const bool live = (!p->lo || (j >= get(p->lo, r) && j < get(p->hi, r))) && bias > -INFINITY;
+        const double sum = kernels->real_size == sizeof(float) ? (double)((float)get(p->s, at) + (float)bias)
+                                                               : get(p->s, at) + bias;
+        score[j] = live ? sum : -INFINITY;
+        if (score[j] > *top) *top = score[j];
+    }
+    return score;
+}
+
+static void check_softened(const struct softening *p, int r, const void *s, const void *m, const void *l,
+                           const void *alpha) {
+    const double old = get(p->m, r);
+    double top = old, sum = 0;
+    double *score = finished_scores(p, r, &top);
+    const double shift = top == -INFINITY ? 0 : top, fade = exp(old - shift);
+    for (int j = 0; j < p->keys; j++) {
+        const double weight = exp(score[j] - shift), got = get(s, r * p->row_step + j * p->key_step);
+        /* the argument's own rounding counts once for each unit of it */
+        expect("weight", r, j, got, weight, weight * epsilon() * (4 + fabs(score[j] - shift)) + 2 * tiny());
+        if (score[j] == -INFINITY && got != 0) expect("dropped weight", r, j, got, 0, 0);
+        sum += weight;
+    }
+    const double before = get(p->l, r);
+    expect("m", r, 0, get(m, r), top, 0);
+    expect("alpha", r, 0, get(alpha, r), fade, fade * epsilon() * (4 + fabs(old - shift)) + 2 * tiny());
+    expect("l", r, 0, get(l, r), before * fade + sum, (p->keys + 100) * epsilon() * (before * fade + sum));
+    free(score);
+}
+
+static void check_soften(const struct softening *p) {
+    const int stats = padded(p->rows);
+    const ptrdiff_t size = p->in_lanes ? (ptrdiff_t)p->keys * kernels->row_tile : (ptrdiff_t)p->rows * GQA_KEY_TILE;
+    void *s = copy_of(p->s, size), *m = copy_of(p->m, stats), *l = copy_of(p->l, stats), *alpha = reals(stats, 7e7);
+    (p->in_lanes ? kernels->soften_lanes : kernels->soften_rows)(s, p->bias, p->lo, p->hi, p->rows, p->keys, m, l,
+                                                                 alpha);
+    for (int r = 0; r < p->rows; r++) check_softened(p, r, s, m, l, alpha);
+    judge(p->in_lanes ? "soften_lanes" : "soften_rows", p->rows, p->keys, p->bias != NULL, p->lo != NULL);
+    free(s), free(m), free(l), free(alpha);
+}
+
+/* Bounds of all sorts, none left among them; NaN and infinities in slots that they or a bias drop. */
+static void mask_some(struct softening *p, double spread) {
+    for (int r = 0; r < p->rows; r++) {
+        const int lo = (int)(chance() * p->keys), hi = r % 5 ? lo + (int)(chance() * (p->keys - lo + 1)) : lo;
+        if (p->lo) put(p->lo, r, r % 3 ? 0 : lo);
+        if (p->lo) put(p->hi, r, r % 4 ? p->keys : hi);
+        for (int j = 0; j < p->keys; j++) {
+            const ptrdiff_t at = r * p->row_step + j * p->key_step;
+            if (p->bias) put(p->bias, at, chance() < 0.3 || r == 1 ? -INFINITY : spread * (chance() - 0.5));
+            const bool dropped = (p->bias && get(p->bias, at) == -INFINITY) ||
+                                 (p->lo && (j < get(p->lo, r) || j >= get(p->hi, r)));
+            if (dropped && chance() < 0.5) put(p->s, at, chance() < 0.5 ? NAN : INFINITY);
+            if (!dropped && chance() < 0.1) put(p->s, at, -INFINITY); /* an overflow: weighs nothing */
+        }
+    }
+}
+
+static void test_soften_of(bool in_lanes, int rows, int keys, bool biased, bool bounded, double spread) {
+    const ptrdiff_t size = in_lanes ? (ptrdiff_t)keys * kernels->row_tile : (ptrdiff_t)rows * GQA_KEY_TILE;
+    const int stats = padded(rows);
+    struct softening p = {.in_lanes = in_lanes, .rows = rows, .keys = keys,
+                          .row_step = in_lanes ? 1 : GQA_KEY_TILE, .key_step = in_lanes ? kernels->row_tile : 1,
+                          .s = reals(size, NAN), .bias = biased ? reals(size, 0) : NULL,
+                          .lo = bounded ? reals(stats, 0) : NULL, .hi = bounded ? reals(stats, 0) : NULL,
+                          .m = reals(stats, -INFINITY), .l = reals(stats, 0)};
+    for (int r = 0; r < rows; r++) {
+        for (int j = 0; j < keys; j++) put(p.s, r * p.row_step + j * p.key_step, spread * (chance() - 0.5));
+        if (r % 3 == 0) continue; /* a first tile */
+        put(p.m, r, spread * (chance() - 0.5));
+        put(p.l, r, 1 + chance());
+    }
+    if (biased || bounded) mask_some(&p, spread);
+    check_soften(&p);
+    free(p.s), free(p.bias), free(p.lo), free(p.hi), free(p.m), free(p.l);
+}
+
+static void test_soften(void) {
+    const double spreads[] = {1e-3, 8, 300, 1e6};
+    for (int keys = 0; keys < COUNT(key_sizes); keys++)
+        for (int variant = 0; variant < 16; variant++) {
+            for (int rows = 0; rows < COUNT(lane_sizes) && lane_sizes[rows] <= kernels->row_tile; rows++)
+                test_soften_of(true, lane_sizes[rows], key_sizes[keys], variant & 1, variant & 2, spreads[variant / 4]);
+            for (int rows = 0; rows < COUNT(few_sizes); rows++)
+                test_soften_of(false, few_sizes[rows], key_sizes[keys], variant & 1, variant & 2, spreads[variant / 4]);
+        }
+}
+
+/* A live NaN or +inf makes the sum NaN and leaves the other rows alone. */
+static void test_soften_broken(void) {
+    const double broken[] = {NAN, INFINITY};
+    for (int i = 0; i < 2; i++)
+        for (int keys = 0; keys < COUNT(key_sizes); keys++) {
+            const int rows = kernels->lanes + 1 < kernels->row_tile ? kernels->lanes + 1 : kernels->row_tile, last = key_sizes[keys] - 1;
+            void *s = reals((ptrdiff_t)key_sizes[keys] * kernels->row_tile, 0), *m = reals(padded(rows), -INFINITY);
+            void *l = reals(padded(rows), 0), *alpha = reals(padded(rows), 0);
+            put(s, (ptrdiff_t)last * kernels->row_tile, broken[i]);
+            kernels->soften_lanes(s, NULL, NULL, NULL, rows, last + 1, m, l, alpha);
+            expect("l", 0, 0, get(l, 0), NAN, 0);
+            for (int r = 1; r < rows; r++) expect("l", r, 0, get(l, r), last + 1, 0);
+            judge("soften_lanes broken", rows, last + 1, i, 0);
+            free(s), free(m), free(l), free(alpha);
+        }
+}
+
+/* ---- join, blend, divide ---- */
+
+static void test_join(void) {
+    for (int i = 0; i < COUNT(lane_sizes); i++) {
+        const int lanes = lane_sizes[i], room = padded(lanes);
+        void *m = reals(room, -INFINITY), *l = reals(room, 0), *n = reals(room, -INFINITY), *k = reals(room, 0);
+        void *w = reals(room, 7), *v = reals(room, 7);
+        for (int r = 0; r < lanes; r++) {
+            if (r % 4 & 1) put(m, r, 50 * chance()), put(l, r, 1 + chance());
+            if (r % 4 & 2) put(n, r, 50 * chance()), put(k, r, 1 + chance());
+        }
+        void *old_m = copy_of(m, room), *old_l = copy_of(l, room);
+        kernels->join(m, l, n, k, w, v, lanes);
+        for (int r = 0; r < lanes; r++) {
+            const double a = get(old_m, r), b = get(n, r), top = a > b ? a : b, shift = top == -INFINITY ? 0 : top;
+            const double x = exp(a - shift), y = exp(b - shift), sum = get(old_l, r) * x + get(k, r) * y;
+            const double slack = 60 * epsilon();
+            expect("m", r, 0, get(m, r), top, 0);
+            expect("weight", r, 0, get(w, r), x, x == 1 ? 0 : slack * x); /* exactly 1: the same bits */
+            expect("other weight", r, 0, get(v, r), y, y == 1 ? 0 : slack * y);
+            expect("l", r, 0, get(l, r), sum, x * y == 0 ? 0 : slack * sum);
+        }
+        judge("join", lanes, 0, 0, 0);
+        free(m), free(l), free(n), free(k), free(w), free(v), free(old_m), free(old_l);
+    }
+}
+
+static void test_blend_of(int n, int lanes, bool rows, bool other, enum kind kind) {
+    const ptrdiff_t stride = padded(lanes);
+    void *c = drawn(n * stride, kind), *d = other ? drawn(n * stride, kind) : NULL, *old = copy_of(c, n * stride);
+    void *w = drawn(padded(rows ? n : lanes), WITH_ZEROS), *v = drawn(padded(rows ? n : lanes), WITH_ZEROS);
+    kernels->blend(c, d, stride, n, lanes, w, other ? v : NULL, rows);
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane++) {
+            const ptrdiff_t at = i * stride + lane;
+            const double x = get(old, at) * get(w, rows ? i : lane);
+            const double y = other ? get(d, at) * get(v, rows ? i : lane) : 0;
+            expect("c", i, lane, get(c, at), x + y, epsilon() * (2 * fabs(x) + fabs(y) + tiny()));
+        }
+    judge("blend", n, lanes, rows, other);
+    free(c), free(d), free(old), free(w), free(v);
+}
+
+static void test_divide_of(int n, int lanes, bool rows, enum kind kind) {
+    const ptrdiff_t stride = padded(lanes);
+    void *c = drawn(n * stride, kind), *old = NULL, *l = drawn(padded(rows ? n : lanes), WITH_ZEROS);
+    for (int i = 0; i < n * stride; i += 5)
+        if (get(l, rows ? i / stride : i % stride) == 0) put(c, i, NAN);
+    old = copy_of(c, n * stride);
+    kernels->divide(c, stride, n, lanes, l, rows);
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane++) {
+            const ptrdiff_t at = i * stride + lane;
+            const double by = get(l, rows ? i : lane), wanted = by == 0 ? 0 : get(old, at) / by;
+            expect("c", i, lane, get(c, at), wanted, epsilon() * (fabs(wanted) + tiny()));
+        }
+    judge("divide", n, lanes, rows, (int)kind);
+    free(c), free(old), free(l);
+}
+
+static void test_blend_and_divide(void) {
+    for (int n = 0; n < COUNT(few_sizes); n++)
+        for (int lanes = 0; lanes < COUNT(lane_sizes); lanes++)
+            for (int rows = 0; rows < 2; rows++) {
+                const enum kind kind = (enum kind)((n + lanes + rows) % KINDS);
+                test_blend_of(few_sizes[n], lane_sizes[lanes], rows, false, kind);
+                test_blend_of(few_sizes[n], lane_sizes[lanes], rows, true, kind);
+                test_divide_of(few_sizes[n], lane_sizes[lanes], rows, kind);
+            }
+}
+
+/* ---- finite, spread ---- */
+
+static void test_finite_of(int n, int width, enum kind kind) {
+    const ptrdiff_t stride = width + 2;
+    void *x = drawn((n - 1) * stride + width, kind);
+    for (int i = 0; i < n - 1; i++)
+        for (ptrdiff_t gap = width; gap < stride; gap++) put(x, i * stride + gap, NAN); /* nobody's business */
+    if (!kernels->finite(x, stride, n, width)) snprintf(bad, sizeof bad, "finite values were not");
+    const ptrdiff_t at = (ptrdiff_t)(chance() * n) * stride + (ptrdiff_t)(chance() * width);
+    const double poisons[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        put(x, at, poisons[i]);
+        if (kernels->finite(x, stride, n, width)) snprintf(bad, sizeof bad, "%g at %td was missed", poisons[i], at);
+    }
+    judge("finite", n, width, (int)kind, 0);
+    free(x);
+}
+
+static void test_spread_of(int n, ptrdiff_t stride, double scale) {
+    void *from = drawn(n, RANDOM), *to = reals((n - 1) * stride + 1, 7);
+    kernels->spread(to, stride, from, n, scale);
+    for (ptrdiff_t i = 0; i <= (n - 1) * stride; i++) {
+        const double wanted = i % stride ? 7 : get(from, i / stride) * scale;
+        expect("to", i, 0, get(to, i), wanted, i % stride ? 0 : 2 * epsilon() * fabs(wanted));
+    }
+    judge("spread", n, (int)stride, 0, 0);
+    free(from), free(to);
+}
+
+static void test_finite_and_spread(void) {
+    for (int width = 0; width < COUNT(lane_sizes); width++) {
+        for (int n = 0; n < COUNT(few_sizes); n++)
+            test_finite_of(few_sizes[n], lane_sizes[width], (enum kind)((n + width) % KINDS));
+        test_spread_of(lane_sizes[width], 1, 0.125);
+        test_spread_of(lane_sizes[width], 1 + width, -0.3);
+    }
+}
+
+int main(void) {
+    for (const char *const *name = gqa_isa_available(); *name; name++) {
+        if (gqa_isa_use(*name) != GQA_OK || strcmp(gqa_isa_current(), *name)) failed++;
+        for (int wide = 0; wide < 2; wide++) {
+            kernels = gqa_kernels_for(wide ? GQA_FLOAT64 : GQA_FLOAT32);
+            snprintf(table_name, sizeof table_name, "%s %s", *name, wide ? "double" : "float");
+            test_outer();
+            test_dot();
+            test_soften();
+            test_soften_broken();
+            test_join();
+            test_blend_and_divide();
+            test_finite_and_spread();
+            printf("%s: %ld passed so far\n", table_name, passed);
+        }
+    }
+    if (gqa_isa_use("none such") != GQA_BAD_ARGUMENT) failed++;
+    printf("%ld passed, %ld failed\n", passed, failed);
+    return failed != 0;
+}
