@@ -78,7 +78,7 @@ def _machine(threads: int) -> str:
     kernels = ", ".join(f"{pool['internal_api']} {pool['architecture']}" for pool in blas)
     versions = [f"numpy {numpy.__version__} ({kernels})"]
     versions += [f"{package} {_version(package)}" for package in ("gqa_ext", "torch", "onnxruntime")]
-    return f"{_cpu_name()}, {os.cpu_count()} cores, {threads} threads each; {'; '.join(versions)}"
+    return f"{_cpu_name()}, {os.cpu_count()} cores, threads of each: {threads}; {'; '.join(versions)}"
 
 
 def _version(package: str) -> str:

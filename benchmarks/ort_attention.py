@@ -23,7 +23,7 @@ Triple = tuple[Array, Array, Array]
 
 def _session(
     operator: str, domain: str, opset: int, inputs: Mapping[str, int], outputs: Sequence[str], threads: int,
-    **attributes: object,
+    **attributes: Any,
 ) -> onnxruntime.InferenceSession:  # fmt: skip
     node = helper.make_node(operator, list(inputs), list(outputs), domain=domain, **attributes)
     graph = helper.make_graph(
