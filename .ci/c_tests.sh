@@ -33,8 +33,9 @@ build() { # COMPILER [FLAG...]
 status=0 count=0
 for program in "$folder"/test_*; do
     [ -x "$program" ] || continue
-    if [ -n "$wrapper" ] && [[ $program == *fork* ]]; then
-        echo "-- $(basename "$program") SKIPPED: a forked child of a process with threads hangs in qemu's user mode"
+    # a child forked beside threads hangs in qemu's user mode and in the allocator of gcc 12's ASan
+    if [[ $program == *_fork && "$compiler $wrapper" =~ qemu|fsanitize=address ]]; then
+        echo "-- $wrapper $(basename "$program") SKIPPED: ${BASH_REMATCH[0]} does not survive fork beside threads"
         continue
     fi
     echo "-- $wrapper $(basename "$program")"
