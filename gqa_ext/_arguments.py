@@ -6,6 +6,7 @@ a type check and no more.  What can be converted without a guess is; the rest ra
 
 import math
 import operator
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from ._explain import ATTENTION, Array, fail, heads, kind
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 def as_array(call: str, name: str, thing: Any) -> Array:
