@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# The oracle's products are small, and OpenBLAS's threads spin where cores are few.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import bounds
 import pytest
