@@ -30,7 +30,7 @@ def default_num_threads() -> int:
         count = _count(text)
         if count is None:
             raise ImportError(
-                f"gqa_ext: environment variable GQA_NUM_THREADS is {text!r} but must be a whole number "
+                f"import gqa_ext: environment variable GQA_NUM_THREADS is {text!r} but must be a whole number "
                 f"from 1 to {_MAX}; unset it to use the CPUs there are, or set for example GQA_NUM_THREADS=2"
             )
         return count

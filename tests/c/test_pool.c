@@ -117,7 +117,7 @@ static void second_caller(const void *context, int64_t index, void *scratch, str
     (void)index, (void)scratch, (void)job;
     struct crowd *crowd = *(struct crowd *const *)context;
     atomic_store(&crowd->alone, 0);
-    check(wait_for(&crowd->alone, 20), "a worker makes room for a second caller");
+    check(wait_for(&crowd->alone, 100), "a worker makes room for a second caller");
     atomic_store(&crowd->helped, 0);
 }
 
