@@ -17,7 +17,8 @@
 
 enum { GQA_KEY_TILE = 128 }; /* keys that share one score tile */
 
-/* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL. */
+/* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
+ * c and scale are padded to whole vectors; so is a for `outer`. */
 typedef void gqa_outer(void *c,           /* (n, lanes), row stride c_stride */
                        ptrdiff_t c_stride,
                        const void *scale, /* (lanes,) or NULL: c is written only */
@@ -33,6 +34,7 @@ struct gqa_kernels {
     int few_rows; /* up to this many rows of a sequence take the few-rows form */
 
     gqa_outer *outer;
+    gqa_outer *outer_few;     /* for a few n and a large a, streamed from memory; wants scale, and b_t == 1 */
     gqa_outer *outer_careful; /* the same, but a product with a factor 0 is dropped, even 0 * NaN */
 
     /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */

@@ -25,15 +25,17 @@
 
 /* ---- outer: rank-1 updates ---- */
 
-/* One block of c: `columns` rows of `vectors` vectors; the last vector has only `rest` lanes when rest > 0. */
+enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
+
+/* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0. */
 BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
                        const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t,
                        const int columns, int count) {
-    vec sum[COLUMNS][ROW_VECTORS];
+    vec sum[COLUMNS][MOST_VECTORS];
     UNROLL for (int n = 0; n < columns; n++)
         UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
     for (ptrdiff_t t = 0; t < count; t++) {
-        vec x[ROW_VECTORS];
+        vec x[MOST_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++)
             x[v] = rest ? vload_n(a + t * a_stride, rest) : vload(a + t * a_stride + v * LANES);
         UNROLL for (int n = 0; n < columns; n++) {
@@ -50,14 +52,13 @@ BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const rea
 
 /* All n rows of c for one strip of lanes; whichever of b's strides is 1 becomes a constant. */
 BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
-                       const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n,
-                       int count) {
+                       const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
     UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
         for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
             if (b_t == 1)
-                outer_block(c, c_stride, scale, a, a_stride, vectors, rest, b, b_n, 1, columns, count);
+                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, b_n, 1, columns, count);
             else
-                outer_block(c, c_stride, scale, a, a_stride, vectors, rest, b, 1, b_t, columns, count);
+                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, 1, b_t, columns, count);
         }
 }
 
@@ -68,10 +69,29 @@ static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a,
     UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--)
         for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
             outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride,
-                        vectors, 0, b, b_n, b_t, n, count);
+                        vectors, b, b_n, b_t, n, count);
+}
+
+/* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
+ * whole before the next, which is how memory streams. */
+BLOCK void few_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride, int lanes,
+                     const real *b, ptrdiff_t b_n, const int columns, int count) {
+    int lane = 0;
+    UNROLL for (int vectors = FEW_VECTORS; vectors > 0; vectors /= 2)
+        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
+            outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, vectors, 0, b, b_n, 1, columns, count);
     if (lane < lanes)
-        outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride, 1,
-                    lanes - lane, b, b_n, b_t, n, count);
+        outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, 1, lanes - lane, b, b_n, 1, columns, count);
+}
+
+static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
+                      const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+    real *c = c_;
+    const real *b = b_;
+    (void)b_t;
+    UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
+        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
+            few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count);
 }
 
 static vec careful_sum(const real *a, ptrdiff_t a_stride, int rest, const real *b, ptrdiff_t b_t, int count) {
@@ -100,20 +120,18 @@ static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, cons
 
 enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
 
+/* One key after the other, so that memory is read in one ascending stream: the prefetchers follow
+ * that and nothing else (four keys side by side: a third of the read speed). */
 BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const real *const k[DOT_KEYS],
                      int head_dim) {
     vec sum[DOT_ROWS][DOT_KEYS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
-    for (int t = 0; t < head_dim; t += LANES) {
-        vec x[DOT_KEYS];
-        UNROLL for (int j = 0; j < DOT_KEYS; j++)
-            x[j] = head_dim - t < LANES ? vload_n(k[j] + t, head_dim - t) : vload(k[j] + t);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const vec y = vload(q + r * q_stride + t);
-            UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vfma(x[j], y, sum[r][j]);
+    UNROLL for (int j = 0; j < DOT_KEYS; j++)
+        for (int t = 0; t < head_dim; t += LANES) {
+            const vec x = head_dim - t < LANES ? vload_n(k[j] + t, head_dim - t) : vload(k[j] + t);
+            UNROLL for (int r = 0; r < rows; r++) sum[r][j] = vfma(x, vload(q + r * q_stride + t), sum[r][j]);
         }
-    }
     UNROLL for (int r = 0; r < rows; r++)
         vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
@@ -283,6 +301,7 @@ const struct gqa_kernels KERNELS = {
     .row_tile = ROW_TILE,
     .few_rows = FEW_ROWS,
     .outer = outer,
+    .outer_few = outer_few,
     .outer_careful = outer_careful,
     .dot = dot,
     .soften_lanes = soften_lanes,

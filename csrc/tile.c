@@ -11,6 +11,8 @@
 
 #include "mask.h"
 
+enum { FEW_KEYS = 32 }; /* value rows that stay in the first-level cache while pairs of query rows pass over them */
+
 /* ---- workspace ---- */
 
 static char *take(char **cursor, int64_t bytes) {
@@ -162,14 +164,15 @@ static void lay_bias(const struct gqa_plan *plan, const struct gqa_unit *unit, s
 }
 
 /* A masked slot's weight is 0, and 0 * NaN would leak: find out whether it could. */
-static gqa_outer *product(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
-    if (!step->masked) return plan->kernels->outer;
+static gqa_outer *product(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys,
+                          gqa_outer *plain) {
+    if (!step->masked) return plain;
     if (keys->state == UNKNOWN)
         keys->state = plan->kernels->finite(keys->value.data, keys->value.stride, (int)(keys->end - keys->first),
                                             (int)plan->v_dim)
                           ? FINITE
                           : NOT_FINITE;
-    return keys->state == FINITE ? plan->kernels->outer : plan->kernels->outer_careful;
+    return keys->state == FINITE ? plain : plan->kernels->outer_careful;
 }
 
 static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
@@ -181,22 +184,27 @@ static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int
                    1, count, head_dim);
     kernels->soften_lanes(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
                           lanes, count, step->m, step->l, work->alpha);
-    product(plan, step, keys)(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1,
+    product(plan, step, keys, kernels->outer)(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1,
                               keys->value.stride, (int)plan->v_dim, count);
 }
 
 static void attend_few(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
                        struct key_tile *keys, const char *key, const char *value) {
     const struct gqa_kernels *kernels = plan->kernels;
+    const int64_t real = (int64_t)kernels->real_size;
     const int count = (int)(step->end - step->first), rows = step->rows;
-    kernels->dot(work->scores, query_tile(plan, work, tile), (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes),
-                 rows, key, keys->key.stride, count, (int)plan->head_dim);
+    const ptrdiff_t v_stride = keys->value.stride;
+    const ptrdiff_t q_stride = (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes);
+    kernels->dot(work->scores, query_tile(plan, work, tile), q_stride, rows, key, keys->key.stride, count,
+                 (int)plan->head_dim);
     kernels->soften_rows(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL,
                          step->masked ? work->hi : NULL, rows, count, step->m, step->l, work->alpha);
-    if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
+    if (memcmp(work->alpha, work->ones, (size_t)(rows * real))) /* rare once the maximum is found */
         kernels->blend(step->o, NULL, plan->o_lanes, rows, plan->o_lanes, work->alpha, NULL, true);
-    product(plan, step, keys)(step->o, plan->o_lanes, work->ones, value, keys->value.stride, (int)plan->v_dim,
-                              work->scores, GQA_KEY_TILE, 1, rows, count);
+    gqa_outer *outer = product(plan, step, keys, kernels->outer_few);
+    for (int j = 0; j < count; j += FEW_KEYS)
+        outer(step->o, plan->o_lanes, work->ones, value + j * v_stride * real, v_stride, (int)plan->v_dim,
+              work->scores + j * real, GQA_KEY_TILE, 1, rows, (int)gqa_min(FEW_KEYS, count - j));
 }
 
 static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,

@@ -2,7 +2,8 @@
  * Every vocabulary file defines the same words in the same order. */
 #include "../real_f32.h"
 
-enum { LANES = 8, ROW_VECTORS = 3, COLUMNS = 4, DOT_ROWS = 2, ROW_TILE = 24, FEW_ROWS = 8 };
+enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 8 };
+enum { ROW_VECTORS = 3, COLUMNS = 4, FEW_VECTORS = 8, FEW_COLUMNS = 1, DOT_ROWS = 2 }; /* blocks that fit the registers */
 
 typedef __m256 vec;
 typedef __m256 mask;

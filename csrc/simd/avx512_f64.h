@@ -2,7 +2,8 @@
  * Every vocabulary file defines the same words in the same order. */
 #include "../real_f64.h"
 
-enum { LANES = 8, ROW_VECTORS = 3, COLUMNS = 8, DOT_ROWS = 4, ROW_TILE = 24, FEW_ROWS = 8 };
+enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 8 };
+enum { ROW_VECTORS = 3, COLUMNS = 8, FEW_VECTORS = 8, FEW_COLUMNS = 2, DOT_ROWS = 4 }; /* blocks that fit the registers */
 
 typedef __m512d vec;
 typedef __mmask8 mask;
