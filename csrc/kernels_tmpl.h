@@ -10,6 +10,7 @@
 #include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "math_tmpl.h"
 
@@ -23,21 +24,28 @@
 
 #include "load_tmpl.h"
 
+/* Brings what lies 8 KB on towards the second-level cache: used where arithmetic or the order of
+ * reading keeps the prefetchers from running ahead; elsewhere it only costs. */
+BLOCK void fetch_ahead(const real *p) { __builtin_prefetch((const void *)((uintptr_t)p + 8192), 0, 2); }
+
 /* ---- outer: rank-1 updates ---- */
 
 enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
 
-/* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0. */
+/* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.
+ * ahead: a streams from memory, and not in whole rows. */
 BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
                        const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t,
-                       const int columns, int count) {
+                       const int columns, int count, const bool ahead) {
     vec sum[COLUMNS][MOST_VECTORS];
     UNROLL for (int n = 0; n < columns; n++)
         UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
     for (ptrdiff_t t = 0; t < count; t++) {
         vec x[MOST_VECTORS];
-        UNROLL for (int v = 0; v < vectors; v++)
+        UNROLL for (int v = 0; v < vectors; v++) {
             x[v] = rest ? vload_n(a + t * a_stride, rest) : vload(a + t * a_stride + v * LANES);
+            if (ahead) fetch_ahead(a + t * a_stride + v * LANES);
+        }
         UNROLL for (int n = 0; n < columns; n++) {
             const vec y = vset(b[n * b_n + t * b_t]);
             UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
@@ -56,9 +64,10 @@ BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const rea
     UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
         for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
             if (b_t == 1)
-                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, b_n, 1, columns, count);
+                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, b_n, 1, columns, count, false);
             else
-                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, 1, b_t, columns, count);
+                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, 1, b_t, columns, count,
+                            false);
         }
 }
 
@@ -75,13 +84,15 @@ static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a,
 /* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
  * whole before the next, which is how memory streams. */
 BLOCK void few_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride, int lanes,
-                     const real *b, ptrdiff_t b_n, const int columns, int count) {
+                     const real *b, ptrdiff_t b_n, const int columns, int count, const bool ahead) {
     int lane = 0;
     UNROLL for (int vectors = FEW_VECTORS; vectors > 0; vectors /= 2)
         for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
-            outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, vectors, 0, b, b_n, 1, columns, count);
+            outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, vectors, 0, b, b_n, 1, columns, count,
+                        ahead);
     if (lane < lanes)
-        outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, 1, lanes - lane, b, b_n, 1, columns, count);
+        outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, 1, lanes - lane, b, b_n, 1, columns, count,
+                    false);
 }
 
 static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
@@ -90,8 +101,12 @@ static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const voi
     const real *b = b_;
     (void)b_t;
     UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
-        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
-            few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count);
+        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
+            if (c == c_ && lanes > FEW_VECTORS * LANES) /* first to read these rows, and in strips */
+                few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, true);
+            else
+                few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, false);
+        }
 }
 
 static vec careful_sum(const real *a, ptrdiff_t a_stride, int rest, const real *b, ptrdiff_t b_t, int count) {
@@ -130,6 +145,7 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
     UNROLL for (int j = 0; j < DOT_KEYS; j++)
         for (int t = 0; t < head_dim; t += LANES) {
             const vec x = head_dim - t < LANES ? vload_n(k[j] + t, head_dim - t) : vload(k[j] + t);
+            if (rows > 2) fetch_ahead(k[j] + t);
             UNROLL for (int r = 0; r < rows; r++) sum[r][j] = vfma(x, vload(q + r * q_stride + t), sum[r][j]);
         }
     UNROLL for (int r = 0; r < rows; r++)

@@ -11,7 +11,7 @@
 
 #include "mask.h"
 
-enum { FEW_KEYS = 32 }; /* value rows that stay in the first-level cache while pairs of query rows pass over them */
+enum { FEW_KEYS = 16 }; /* value rows that stay in the first-level cache while pairs of query rows pass over them */
 
 /* ---- workspace ---- */
 

@@ -7,7 +7,7 @@
 #include <string.h>
 
 enum { LANES = 1, ROW_TILE = 12, FEW_ROWS = 8 };
-enum { ROW_VECTORS = 3, COLUMNS = 4, FEW_VECTORS = 4, FEW_COLUMNS = 1, DOT_ROWS = 2 }; /* blocks that fit the registers */
+enum { ROW_VECTORS = 3, COLUMNS = 4, FEW_VECTORS = 3, FEW_COLUMNS = 1, DOT_ROWS = 2 }; /* blocks that fit the registers */
 
 typedef real vec;
 typedef bool mask;
