@@ -236,4 +236,5 @@ def _weigh(weights: Array, live: Array, value: Array) -> Array:
     for j in np.flatnonzero(~finite.all(axis=-1)):
         rows = live[:, j]
         out[rows] += weights[rows, j][:, None] * np.where(finite[j], 0.0, value[j])
+    out[(weights == 0).all(axis=-1)] = 0.0
     return out

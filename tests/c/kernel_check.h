@@ -1,5 +1,6 @@
-/* kernel_check.h: what test_kernels.c counts, draws and compares with: buffers of reals
- * of either size seen as doubles, kinds of values, and errors measured in roundings. */
+/* kernel_check.h: what the programs that test kernels share: every table of the real dispatch in
+ * turn, sizes at the edges of vectors and tiles, buffers of reals of either size seen as doubles
+ * and exactly as large as kernels.h promises, kinds of values, and verdicts. */
 #ifndef KERNEL_CHECK_H
 #define KERNEL_CHECK_H
 
@@ -10,6 +11,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define COUNT(list) ((int)(sizeof(list) / sizeof *(list)))
+
+static const int few_sizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 13};
+static const int lane_sizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49, 65, 100};
+static const int key_sizes[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 100, 127, 128};
 
 static long passed, failed;
 
@@ -97,6 +104,21 @@ static inline void judge(const char *kernel, int a, int b, int c, int d) {
     }
     if (failed++ < 40) printf("FAILED %s %s(%d, %d, %d, %d): %s\n", table_name, kernel, a, b, c, d, bad);
     bad[0] = 0;
+}
+
+/* The exit status of a program. */
+static inline int on_every_table(void (*test)(void)) {
+    for (const char *const *name = gqa_isa_available(); *name; name++) {
+        if (gqa_isa_use(*name) != GQA_OK || strcmp(gqa_isa_current(), *name)) failed++;
+        for (int wide = 0; wide < 2; wide++) {
+            kernels = gqa_kernels_for(wide ? GQA_FLOAT64 : GQA_FLOAT32);
+            snprintf(table_name, sizeof table_name, "%s %s", *name, wide ? "double" : "float");
+            test();
+        }
+    }
+    if (gqa_isa_use("none such") != GQA_BAD_ARGUMENT) failed++;
+    printf("%ld passed, %ld failed\n", passed, failed);
+    return failed != 0;
 }
 
 #endif

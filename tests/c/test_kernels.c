@@ -1,53 +1,54 @@
-/* test_kernels.c: every kernel of every table this CPU can run, against a plain loop in double.
+/* test_kernels.c: the products and what puts parts together, of every table this CPU can run,
+ * against a plain loop in double; test_soften.c and test_load.c have the other kernels.
  *
- * The tables come from the real dispatch; sizes are the edges of vectors and tiles, values of
- * all kinds, buffers exactly as large as kernels.h promises.  Linked with csrc/ without
- * module.c; also cross-compiled and run under qemu, which is how NEON is tested. */
+ * Linked with csrc/ without module.c; also cross-compiled and run under qemu, which is how
+ * NEON is tested. */
 #include "kernel_check.h"
 
-#define COUNT(list) ((int)(sizeof(list) / sizeof *(list)))
+/* ---- outer, outer_few, outer_careful ---- */
 
-static const int few_sizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 13};
-static const int lane_sizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49, 65, 100};
-static const int key_sizes[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 100, 127, 128};
+enum form { MANY, FEW, CAREFUL };
 
-/* ---- outer and outer_careful ---- */
+static const char *const form_names[] = {"outer", "outer_few", "outer_careful"};
+
+static gqa_outer *kernel_of(enum form form) {
+    return form == MANY ? kernels->outer : form == FEW ? kernels->outer_few : kernels->outer_careful;
+}
 
 struct product {
+    enum form form;
     int n, lanes, count;
     ptrdiff_t c_stride, a_stride, b_n, b_t;
     void *c, *scale, *a, *b;
 };
 
 /* Element (i, lane) of the result, and the sum of the absolute values of its terms. */
-static double outer_element(const struct product *p, int i, int lane, bool careful, double *size) {
+static double outer_element(const struct product *p, int i, int lane, double *size) {
     double sum = p->scale ? get(p->c, i * p->c_stride + lane) * get(p->scale, lane) : 0;
     *size = fabs(sum);
     for (int t = 0; t < p->count; t++) {
         const double x = get(p->a, t * p->a_stride + lane), y = get(p->b, i * p->b_n + t * p->b_t);
-        if (careful && (x == 0 || y == 0)) continue;
+        if (p->form == CAREFUL && (x == 0 || y == 0)) continue;
         sum += x * y;
         *size += fabs(x * y);
     }
     return sum;
 }
 
-static void check_outer(const struct product *p, bool careful) {
-    const ptrdiff_t reals_in_c = p->n * p->c_stride;
-    void *c = copy_of(p->c, reals_in_c);
-    (careful ? kernels->outer_careful : kernels->outer)(c, p->c_stride, p->scale, p->a, p->a_stride, p->lanes, p->b,
-                                                        p->b_n, p->b_t, p->n, p->count);
+static void check_outer(const struct product *p) {
+    void *c = copy_of(p->c, p->n * p->c_stride);
+    kernel_of(p->form)(c, p->c_stride, p->scale, p->a, p->a_stride, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count);
     for (int i = 0; i < p->n; i++) {
         double size;
         for (int lane = 0; lane < p->lanes; lane++) {
-            const double wanted = outer_element(p, i, lane, careful, &size);
+            const double wanted = outer_element(p, i, lane, &size);
             const double allowed = (p->count + 4) * (epsilon() * size + tiny() * epsilon());
             expect("c", i, lane, get(c, i * p->c_stride + lane), wanted, allowed);
         }
         for (ptrdiff_t gap = padded(p->lanes); gap < p->c_stride; gap++)
             expect("gap", i, gap, get(c, i * p->c_stride + gap), get(p->c, i * p->c_stride + gap), 0);
     }
-    judge(careful ? "outer_careful" : "outer", p->n, p->lanes, p->count, p->b_t == 1);
+    judge(form_names[p->form], p->n, p->lanes, p->count, p->b_t == 1);
     free(c);
 }
 
@@ -61,29 +62,32 @@ static void poison(const struct product *p) {
     }
 }
 
-static void test_outer_of(int n, int lanes, int count, enum kind kind, bool b_rows, bool scaled) {
-    struct product p = {.n = n, .lanes = lanes, .count = count, .c_stride = padded(lanes) + 3, .a_stride = lanes + 1};
+static void test_outer_of(enum form form, int n, int lanes, int count, enum kind kind, bool b_rows, bool scaled) {
+    struct product p = {.form = form, .n = n, .lanes = lanes, .count = count};
+    p.c_stride = padded(lanes) + 3;
+    p.a_stride = lanes + 1;
     p.b_n = b_rows ? count + 2 : 1;
     p.b_t = b_rows ? 1 : n + 2;
     p.a = drawn(count ? (count - 1) * p.a_stride + lanes : 0, kind);
     p.b = drawn(count ? (n - 1) * p.b_n + (count - 1) * p.b_t + 1 : 0, kind == DENORMAL ? RANDOM : kind);
     p.c = scaled ? drawn(n * p.c_stride, RANDOM) : reals(n * p.c_stride, 7e7); /* 7e7: to be overwritten */
     p.scale = scaled ? drawn(padded(lanes), WITH_ZEROS) : NULL;
-    check_outer(&p, false);
-    check_outer(&p, true);
-    poison(&p);
-    check_outer(&p, true);
+    check_outer(&p);
+    if (form == CAREFUL) poison(&p), check_outer(&p);
     free(p.a), free(p.b), free(p.c), free(p.scale);
 }
 
 static void test_outer(void) {
-    for (int n = 0; n < COUNT(few_sizes); n++)
-        for (int lanes = 0; lanes < COUNT(lane_sizes); lanes++) {
-            const int counts[] = {0, 1, 3, 17, 128};
-            for (int count = 0; count < COUNT(counts); count++)
-                test_outer_of(few_sizes[n], lane_sizes[lanes], counts[count], (enum kind)((n + lanes + count) % KINDS),
-                              (lanes + count) % 2, (n + count) % 2);
-        }
+    static const int counts[] = {0, 1, 3, 17, 128};
+    for (int i = 0; i < COUNT(few_sizes); i++)
+        for (int j = 0; j < COUNT(lane_sizes); j++)
+            for (int k = 0; k < COUNT(counts); k++) {
+                const enum kind kind = (enum kind)((i + j + k) % KINDS);
+                const int n = few_sizes[i], lanes = lane_sizes[j], count = counts[k];
+                test_outer_of(MANY, n, padded(lanes), count, kind, (j + k) % 2, (i + k) % 2);
+                test_outer_of(FEW, n, lanes, count, kind, true, true);
+                test_outer_of(CAREFUL, n, lanes, count, kind, (j + k) % 2, (i + k) % 2);
+            }
 }
 
 /* ---- dot ---- */
@@ -117,125 +121,6 @@ static void test_dot(void) {
             for (int head_dim = rows % 2; head_dim < COUNT(lane_sizes); head_dim += 2)
                 test_dot_of(few_sizes[rows], key_sizes[keys], lane_sizes[head_dim],
                             (enum kind)((rows + keys + head_dim) % KINDS));
-}
-
-/* ---- soften ---- */
-
-struct softening {
-    bool in_lanes;
-    int rows, keys; /* rows: lanes, or rows of s */
-    ptrdiff_t row_step, key_step;
-    void *s, *bias, *lo, *hi, *m, *l;
-};
-
-static double *finished_scores(const struct softening *p, int r, double *top) {
-    double *score = malloc((size_t)p->keys * sizeof *score);
-    if (!score) exit(3);
-    for (int j = 0; j < p->keys; j++) {
-        const ptrdiff_t at = r * p->row_step + j * p->key_step;
-        const double bias = p->bias ? get(p->bias, at) : 0;
-        const bool live = (!p->lo || (j >= get(p->lo, r) && j < get(p->hi, r))) && bias > -INFINITY;
-        const double sum = kernels->real_size == sizeof(float) ? (double)((float)get(p->s, at) + (float)bias)
-                                                               : get(p->s, at) + bias;
-        score[j] = live ? sum : -INFINITY;
-        if (score[j] > *top) *top = score[j];
-    }
-    return score;
-}
-
-static void check_softened(const struct softening *p, int r, const void *s, const void *m, const void *l,
-                           const void *alpha) {
-    const double old = get(p->m, r);
-    double top = old, sum = 0;
-    double *score = finished_scores(p, r, &top);
-    const double shift = top == -INFINITY ? 0 : top, fade = exp(old - shift);
-    for (int j = 0; j < p->keys; j++) {
-        const double weight = exp(score[j] - shift), got = get(s, r * p->row_step + j * p->key_step);
-        /* the argument's own rounding counts once for each unit of it */
-        expect("weight", r, j, got, weight, weight * epsilon() * (4 + fabs(score[j] - shift)) + 2 * tiny());
-        if (score[j] == -INFINITY && got != 0) expect("dropped weight", r, j, got, 0, 0);
-        sum += weight;
-    }
-    const double before = get(p->l, r);
-    expect("m", r, 0, get(m, r), top, 0);
-    expect("alpha", r, 0, get(alpha, r), fade, fade * epsilon() * (4 + fabs(old - shift)) + 2 * tiny());
-    expect("l", r, 0, get(l, r), before * fade + sum, (p->keys + 100) * epsilon() * (before * fade + sum));
-    free(score);
-}
-
-static void check_soften(const struct softening *p) {
-    const int stats = padded(p->rows);
-    const ptrdiff_t size = p->in_lanes ? (ptrdiff_t)p->keys * kernels->row_tile : (ptrdiff_t)p->rows * GQA_KEY_TILE;
-    void *s = copy_of(p->s, size), *m = copy_of(p->m, stats), *l = copy_of(p->l, stats), *alpha = reals(stats, 7e7);
-    (p->in_lanes ? kernels->soften_lanes : kernels->soften_rows)(s, p->bias, p->lo, p->hi, p->rows, p->keys, m, l,
-                                                                 alpha);
-    for (int r = 0; r < p->rows; r++) check_softened(p, r, s, m, l, alpha);
-    judge(p->in_lanes ? "soften_lanes" : "soften_rows", p->rows, p->keys, p->bias != NULL, p->lo != NULL);
-    free(s), free(m), free(l), free(alpha);
-}
-
-/* Bounds of all sorts, none left among them; NaN and infinities in slots that they or a bias drop. */
-static void mask_some(struct softening *p, double spread) {
-    for (int r = 0; r < p->rows; r++) {
-        const int lo = (int)(chance() * p->keys), hi = r % 5 ? lo + (int)(chance() * (p->keys - lo + 1)) : lo;
-        if (p->lo) put(p->lo, r, r % 3 ? 0 : lo);
-        if (p->lo) put(p->hi, r, r % 4 ? p->keys : hi);
-        for (int j = 0; j < p->keys; j++) {
-            const ptrdiff_t at = r * p->row_step + j * p->key_step;
-            if (p->bias) put(p->bias, at, chance() < 0.3 || r == 1 ? -INFINITY : spread * (chance() - 0.5));
-            const bool dropped = (p->bias && get(p->bias, at) == -INFINITY) ||
-                                 (p->lo && (j < get(p->lo, r) || j >= get(p->hi, r)));
-            if (dropped && chance() < 0.5) put(p->s, at, chance() < 0.5 ? NAN : INFINITY);
-            if (!dropped && chance() < 0.1) put(p->s, at, -INFINITY); /* an overflow: weighs nothing */
-        }
-    }
-}
-
-static void test_soften_of(bool in_lanes, int rows, int keys, bool biased, bool bounded, double spread) {
-    const ptrdiff_t size = in_lanes ? (ptrdiff_t)keys * kernels->row_tile : (ptrdiff_t)rows * GQA_KEY_TILE;
-    const int stats = padded(rows);
-    struct softening p = {.in_lanes = in_lanes, .rows = rows, .keys = keys,
-                          .row_step = in_lanes ? 1 : GQA_KEY_TILE, .key_step = in_lanes ? kernels->row_tile : 1,
-                          .s = reals(size, NAN), .bias = biased ? reals(size, 0) : NULL,
-                          .lo = bounded ? reals(stats, 0) : NULL, .hi = bounded ? reals(stats, 0) : NULL,
-                          .m = reals(stats, -INFINITY), .l = reals(stats, 0)};
-    for (int r = 0; r < rows; r++) {
-        for (int j = 0; j < keys; j++) put(p.s, r * p.row_step + j * p.key_step, spread * (chance() - 0.5));
-        if (r % 3 == 0) continue; /* a first tile */
-        put(p.m, r, spread * (chance() - 0.5));
-        put(p.l, r, 1 + chance());
-    }
-    if (biased || bounded) mask_some(&p, spread);
-    check_soften(&p);
-    free(p.s), free(p.bias), free(p.lo), free(p.hi), free(p.m), free(p.l);
-}
-
-static void test_soften(void) {
-    const double spreads[] = {1e-3, 8, 300, 1e6};
-    for (int keys = 0; keys < COUNT(key_sizes); keys++)
-        for (int variant = 0; variant < 16; variant++) {
-            for (int rows = 0; rows < COUNT(lane_sizes) && lane_sizes[rows] <= kernels->row_tile; rows++)
-                test_soften_of(true, lane_sizes[rows], key_sizes[keys], variant & 1, variant & 2, spreads[variant / 4]);
-            for (int rows = 0; rows < COUNT(few_sizes); rows++)
-                test_soften_of(false, few_sizes[rows], key_sizes[keys], variant & 1, variant & 2, spreads[variant / 4]);
-        }
-}
-
-/* A live NaN or +inf makes the sum NaN and leaves the other rows alone. */
-static void test_soften_broken(void) {
-    const double broken[] = {NAN, INFINITY};
-    for (int i = 0; i < 2; i++)
-        for (int keys = 0; keys < COUNT(key_sizes); keys++) {
-            const int rows = kernels->lanes + 1 < kernels->row_tile ? kernels->lanes + 1 : kernels->row_tile, last = key_sizes[keys] - 1;
-            void *s = reals((ptrdiff_t)key_sizes[keys] * kernels->row_tile, 0), *m = reals(padded(rows), -INFINITY);
-            void *l = reals(padded(rows), 0), *alpha = reals(padded(rows), 0);
-            put(s, (ptrdiff_t)last * kernels->row_tile, broken[i]);
-            kernels->soften_lanes(s, NULL, NULL, NULL, rows, last + 1, m, l, alpha);
-            expect("l", 0, 0, get(l, 0), NAN, 0);
-            for (int r = 1; r < rows; r++) expect("l", r, 0, get(l, r), last + 1, 0);
-            judge("soften_lanes broken", rows, last + 1, i, 0);
-            free(s), free(m), free(l), free(alpha);
-        }
 }
 
 /* ---- join, blend, divide ---- */
@@ -347,23 +232,12 @@ static void test_finite_and_spread(void) {
     }
 }
 
-int main(void) {
-    for (const char *const *name = gqa_isa_available(); *name; name++) {
-        if (gqa_isa_use(*name) != GQA_OK || strcmp(gqa_isa_current(), *name)) failed++;
-        for (int wide = 0; wide < 2; wide++) {
-            kernels = gqa_kernels_for(wide ? GQA_FLOAT64 : GQA_FLOAT32);
-            snprintf(table_name, sizeof table_name, "%s %s", *name, wide ? "double" : "float");
-            test_outer();
-            test_dot();
-            test_soften();
-            test_soften_broken();
-            test_join();
-            test_blend_and_divide();
-            test_finite_and_spread();
-            printf("%s: %ld passed so far\n", table_name, passed);
-        }
-    }
-    if (gqa_isa_use("none such") != GQA_BAD_ARGUMENT) failed++;
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0;
+static void test_table(void) {
+    test_outer();
+    test_dot();
+    test_join();
+    test_blend_and_divide();
+    test_finite_and_spread();
 }
+
+int main(void) { return on_every_table(test_table); }
