@@ -108,11 +108,12 @@ static inline void judge(const char *kernel, int a, int b, int c, int d) {
 
 /* The exit status of a program. */
 static inline int on_every_table(void (*test)(void)) {
-    for (const char *const *name = gqa_isa_available(); *name; name++) {
-        if (gqa_isa_use(*name) != GQA_OK || strcmp(gqa_isa_current(), *name)) failed++;
+    const char *name;
+    for (int isa = 0; (name = gqa_isa_available(isa)); isa++) {
+        if (gqa_isa_use(name) != GQA_OK || strcmp(gqa_isa_current(), name)) failed++;
         for (int wide = 0; wide < 2; wide++) {
             kernels = gqa_kernels_for(wide ? GQA_FLOAT64 : GQA_FLOAT32);
-            snprintf(table_name, sizeof table_name, "%s %s", *name, wide ? "double" : "float");
+            snprintf(table_name, sizeof table_name, "%s %s", name, wide ? "double" : "float");
             test();
         }
     }
