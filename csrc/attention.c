@@ -15,7 +15,7 @@ static const double SMALL_CALL = 1 << 20;
 
 struct call {
     const struct gqa_plan *plan;
-    char *chunk_parts;  /* (units, chunks) parts, when chunks > 1 */
+    char *chunk_parts;   /* (units, chunks) parts, when chunks > 1 */
     atomic_int *missing; /* (units,) chunks not yet made */
 };
 

@@ -59,13 +59,10 @@ const struct gqa_kernels *gqa_kernels_for(enum gqa_dtype dtype) {
 
 const char *gqa_isa_current(void) { return current()->name; }
 
-const char *const *gqa_isa_available(void) {
-    /* Every thread that gets here first writes the same pointers. */
-    static _Atomic(const char *) names[ISA_COUNT + 1];
-    int count = 0;
+const char *gqa_isa_available(int index) {
     for (int i = 0; i < ISA_COUNT; i++)
-        if (isas[i].available()) atomic_store_explicit(&names[count++], isas[i].name, memory_order_relaxed);
-    return (const char *const *)(const void *)names;
+        if (isas[i].available() && index-- == 0) return isas[i].name;
+    return NULL;
 }
 
 enum gqa_status gqa_isa_use(const char *name) {

@@ -11,8 +11,8 @@ size_t gqa_itemsize(enum gqa_dtype dtype);
 
 /* Bit for bit; strides in bytes, of any sign; swap reverses the bytes of each of the
  * elements, whose size is 2, 4 or 8. */
-void gqa_copy_elements(char *dst, int64_t dst_stride, const char *src, int64_t src_stride,
-                       int64_t length, size_t size, bool swap);
+void gqa_copy_elements(char *dst, int64_t dst_stride, const char *src, int64_t src_stride, int64_t length, size_t size,
+                       bool swap);
 
 /* x[i] = src[i], exactly; src is packed. */
 void gqa_widen(double *restrict x, const char *restrict src, int64_t length, enum gqa_dtype dtype);

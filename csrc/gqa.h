@@ -57,8 +57,7 @@ struct gqa_attention {
 };
 
 /* Checks everything but out and lse, and gives the shape of out; lse has the same less the last. */
-enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim,
-                                    int64_t shape[GQA_MAX_DIMS]);
+enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim, int64_t shape[GQA_MAX_DIMS]);
 enum gqa_status gqa_attention_run(const struct gqa_attention *problem, struct gqa_poll poll);
 
 /* Pools the heads of one projection.  Seen along axis, weight is (num_heads * head_dim)
@@ -70,12 +69,12 @@ struct gqa_pool_heads {
     int axis;
     int64_t num_heads, num_kv_heads, members_per_head;
     const int64_t *members; /* (num_kv_heads, members_per_head) */
-    const double *weights;  /* (num_kv_heads, members_per_head), each row summing to 1; NULL = plain mean */
+    const double *weights;  /* (num_kv_heads, members_per_head), divided by each row's sum; NULL = plain mean */
 };
 enum gqa_status gqa_pool_heads_run(const struct gqa_pool_heads *problem, struct gqa_poll poll);
 
-/* Which kernels run.  Names come best first, ended by NULL: those this CPU and OS can run. */
-const char *const *gqa_isa_available(void);
+/* Which kernels run.  Of those this CPU and OS can run, the index-th name, best first; NULL past the last. */
+const char *gqa_isa_available(int index);
 const char *gqa_isa_current(void);
 enum gqa_status gqa_isa_use(const char *name); /* process-wide; GQA_BAD_ARGUMENT when not available */
 

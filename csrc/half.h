@@ -12,41 +12,33 @@
 #include <stdint.h>
 #include <string.h>
 
-static inline float gqa_float_from_bits(uint32_t bits)
-{
+static inline float gqa_float_from_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t gqa_float_bits(float value)
-{
+static inline uint32_t gqa_float_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline uint64_t gqa_double_bits(double value)
-{
+static inline uint64_t gqa_double_bits(double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline double gqa_double_from_bits(uint64_t bits)
-{
+static inline double gqa_double_from_bits(uint64_t bits) {
     double value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline float gqa_bfloat16_to_float(uint16_t half)
-{
-    return gqa_float_from_bits((uint32_t)half << 16);
-}
+static inline float gqa_bfloat16_to_float(uint16_t half) { return gqa_float_from_bits((uint32_t)half << 16); }
 
-static inline float gqa_float16_to_float(uint16_t half)
-{
+static inline float gqa_float16_to_float(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
     const uint32_t shifted = (uint32_t)(half & 0x7fffu) << 13;
     /* Exponent bias 15 becomes 127; the all-ones exponent of inf and NaN stays all ones. */
@@ -58,8 +50,7 @@ static inline float gqa_float16_to_float(uint16_t half)
 }
 
 /* A 16-bit format is a sign, an exponent with the given bias, and fraction_bits. */
-static inline uint16_t gqa_narrow_to_half(double value, int fraction_bits, int bias)
-{
+static inline uint16_t gqa_narrow_to_half(double value, int fraction_bits, int bias) {
     const uint64_t bits = gqa_double_bits(value);
     const uint64_t sign = (bits >> 63) << 15;
     const uint64_t magnitude = bits & ~(UINT64_C(1) << 63);
@@ -80,14 +71,8 @@ static inline uint16_t gqa_narrow_to_half(double value, int fraction_bits, int b
     return (uint16_t)(sign | (result < infinity ? result : infinity));
 }
 
-static inline uint16_t gqa_double_to_float16(double value)
-{
-    return gqa_narrow_to_half(value, 10, 15);
-}
+static inline uint16_t gqa_double_to_float16(double value) { return gqa_narrow_to_half(value, 10, 15); }
 
-static inline uint16_t gqa_double_to_bfloat16(double value)
-{
-    return gqa_narrow_to_half(value, 7, 127);
-}
+static inline uint16_t gqa_double_to_bfloat16(double value) { return gqa_narrow_to_half(value, 7, 127); }
 
 #endif

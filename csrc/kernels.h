@@ -19,12 +19,11 @@ enum { GQA_KEY_TILE = 128 }; /* keys that share one score tile */
 
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
  * c and scale are padded to whole vectors; so is a for `outer`. */
-typedef void gqa_outer(void *c,           /* (n, lanes), row stride c_stride */
-                       ptrdiff_t c_stride,
-                       const void *scale, /* (lanes,) or NULL: c is written only */
-                       const void *a,     /* (count, lanes), row stride a_stride */
+typedef void gqa_outer(void *c,                               /* (n, lanes), row stride c_stride */
+                       ptrdiff_t c_stride, const void *scale, /* (lanes,) or NULL: c is written only */
+                       const void *a,                         /* (count, lanes), row stride a_stride */
                        ptrdiff_t a_stride, int lanes,
-                       const void *b,     /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
+                       const void *b, /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
                        ptrdiff_t b_n, ptrdiff_t b_t, int n, int count);
 
 struct gqa_kernels {
@@ -38,22 +37,21 @@ struct gqa_kernels {
     gqa_outer *outer_careful; /* the same, but a product with a factor 0 is dropped, even 0 * NaN */
 
     /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */
-    void (*dot)(void *s,       /* (rows, keys), row stride GQA_KEY_TILE */
-                const void *q, /* (rows, head_dim), row stride q_stride, zero-padded */
-                ptrdiff_t q_stride, int rows,
-                const void *k, /* (keys, head_dim), row stride k_stride */
+    void (*dot)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
+                const void *q,                               /* (rows, head_dim), row stride q_stride, zero-padded */
+                ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim), row stride k_stride */
                 ptrdiff_t k_stride, int keys, int head_dim);
 
     /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each
      * row take them in; alpha = exp(old m - new m).  Key j of a row is live when lo <= j < hi
      * and its bias is above -inf; the others are dropped by selection and weigh exactly 0.
      * lo NULL: every key is live.  bias NULL: none. */
-    void (*soften_lanes)(void *s,          /* (keys, lanes), row stride row_tile */
-                         const void *bias, /* the same shape */
+    void (*soften_lanes)(void *s,                        /* (keys, lanes), row stride row_tile */
+                         const void *bias,               /* the same shape */
                          const void *lo, const void *hi, /* (lanes,) */
                          int lanes, int keys, void *m, void *l, void *alpha /* (lanes,) each */);
-    void (*soften_rows)(void *s,           /* (rows, keys), row stride GQA_KEY_TILE */
-                        const void *bias,  /* the same shape */
+    void (*soften_rows)(void *s,                        /* (rows, keys), row stride GQA_KEY_TILE */
+                        const void *bias,               /* the same shape */
                         const void *lo, const void *hi, /* (rows,) */
                         int rows, int keys, void *m, void *l, void *alpha /* (rows,) each */);
 

@@ -5,6 +5,7 @@
  * A lane's result never depends on its neighbours or on how many there are, and
  * sums over keys run in key order, tile by tile: that is what makes results the
  * same bits however rows and tiles are grouped. */
+/* clang-format off: UNROLL stands before its loop. */
 #include "kernels.h"
 
 #include <math.h>
@@ -66,8 +67,7 @@ BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const rea
             if (b_t == 1)
                 outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, b_n, 1, columns, count, false);
             else
-                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, 1, b_t, columns, count,
-                            false);
+                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, 1, b_t, columns, count, false);
         }
 }
 
@@ -95,18 +95,28 @@ BLOCK void few_block(real *c, ptrdiff_t c_stride, const real *scale, const real 
                     false);
 }
 
-static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
-                      const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    real *c = c_;
-    const real *b = b_;
-    (void)b_t;
+BLOCK void few_rows(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride, int lanes,
+                    const real *b, ptrdiff_t b_n, int n, int count, const bool ahead) {
     UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
-        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
-            if (c == c_ && lanes > FEW_VECTORS * LANES) /* first to read these rows, and in strips */
-                few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, true);
-            else
-                few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, false);
-        }
+        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
+            few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, ahead);
+}
+
+/* What is not read in one pass is read some rows at a time, which then stay in the first-level cache. */
+static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a_, ptrdiff_t a_stride, int lanes,
+                      const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+    enum { SOME = 16 };
+    real *c = c_;
+    const real *a = a_, *b = b_;
+    const bool whole_rows = lanes <= FEW_VECTORS * LANES, one_pass = whole_rows && n <= FEW_COLUMNS;
+    (void)b_t;
+    for (int t = 0, some; t < count; t += some, a += some * a_stride, b += some) {
+        some = one_pass || count - t < SOME ? count - t : SOME;
+        if (whole_rows)
+            few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, false);
+        else
+            few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, true);
+    }
 }
 
 static vec careful_sum(const real *a, ptrdiff_t a_stride, int rest, const real *b, ptrdiff_t b_t, int count) {
@@ -148,8 +158,7 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
             if (rows > 2) fetch_ahead(k[j] + t);
             UNROLL for (int r = 0; r < rows; r++) sum[r][j] = vfma(x, vload(q + r * q_stride + t), sum[r][j]);
         }
-    UNROLL for (int r = 0; r < rows; r++)
-        vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
 static void dot(void *s_, const void *q_, ptrdiff_t q_stride, int rows, const void *k_, ptrdiff_t k_stride, int keys,
@@ -285,8 +294,7 @@ static void blend(void *c, const void *d, ptrdiff_t stride, int n, int lanes, co
         for (int lane = 0; lane < lanes; lane += LANES) {
             real *to = (real *)c + i * stride + lane;
             vec x = vmul(vload(to), statistic(weight, i, lane, rows));
-            if (d)
-                x = vfma(vload((const real *)d + i * stride + lane), statistic(other_weight, i, lane, rows), x);
+            if (d) x = vfma(vload((const real *)d + i * stride + lane), statistic(other_weight, i, lane, rows), x);
             vstore(to, x);
         }
 }

@@ -3,13 +3,12 @@
 /* exp(x) for x <= 0 within 2.5 ulp, exactly 1 at 0, NaN for NaN, and exactly 0 below the
  * smallest normal number, -inf included. */
 static inline vec vexp(vec x) {
-    static const real terms[] = EXP_TERMS;
     const real log2_e = REAL(1.44269504088896340736);
     x = vmax(vset(EXP_MIN), x); /* in this order NaN stays */
     const vec n = vround(vmul(x, vset(log2_e)));
     const vec r = vfma(n, vset(-LN2_LOW), vfma(n, vset(-LN2_HIGH), x));
-    vec sum = vset(terms[0]);
-    for (size_t i = 1; i < sizeof terms / sizeof *terms; i++) sum = vfma(sum, r, vset(terms[i]));
+    vec sum = vset(exp_terms[0]);
+    for (size_t i = 1; i < sizeof exp_terms / sizeof *exp_terms; i++) sum = vfma(sum, r, vset(exp_terms[i]));
     sum = vadd(vfma(vmul(sum, r), r, r), vset(1));
     return vmul(sum, vpow2(n));
 }

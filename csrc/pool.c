@@ -62,8 +62,8 @@ static struct {
     int pauses;              /* calls to go before the next try to start one */
     struct run *run;         /* valid for whoever is inside */
     unsigned fork_generation;
-    atomic_int limit;        /* threads that should compute at a time */
-    atomic_int computing;    /* threads that do: callers and workers inside */
+    atomic_int limit;                           /* threads that should compute at a time */
+    atomic_int computing;                       /* threads that do: callers and workers inside */
     _Alignas(CACHE_LINE) _Atomic uint64_t door; /* seats in the high half, inside in the low */
 } pool = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -80,15 +80,13 @@ static const clockid_t poll_clock = CLOCK_MONOTONIC_COARSE; /* a few ns; ticks o
 static const clockid_t poll_clock = CLOCK_MONOTONIC;
 #endif
 
-static int64_t now_ns(clockid_t clock)
-{
+static int64_t now_ns(clockid_t clock) {
     struct timespec now;
     clock_gettime(clock, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-static void relax(void)
-{
+static void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __asm__ __volatile__("pause");
 #elif defined(__aarch64__)
@@ -98,8 +96,7 @@ static void relax(void)
 
 /* Yields because the thread waited for may be queued behind this one: without it two
  * threads that were put on one core take longer than one. */
-static bool spin_until(bool (*ready)(void))
-{
+static bool spin_until(bool (*ready)(void)) {
     for (int64_t end = now_ns(CLOCK_MONOTONIC) + SPIN_NS; now_ns(CLOCK_MONOTONIC) < end; sched_yield())
         for (int i = 0; i < 20; i++, relax())
             if (ready()) return true;
@@ -111,24 +108,16 @@ static bool spin_until(bool (*ready)(void))
 static uint32_t seats(uint64_t door) { return (uint32_t)(door >> 32); }
 static uint32_t inside(uint64_t door) { return (uint32_t)door; }
 
-static bool nobody_inside(void)
-{
-    return inside(atomic_load(&pool.door)) == 0;
-}
+static bool nobody_inside(void) { return inside(atomic_load(&pool.door)) == 0; }
 
-static bool seat_free(void)
-{
+static bool seat_free(void) {
     uint64_t door = atomic_load(&pool.door);
     return inside(door) < seats(door) && atomic_load(&pool.computing) < atomic_load(&pool.limit);
 }
 
-static bool crowded(void)
-{
-    return atomic_load(&pool.computing) > atomic_load(&pool.limit);
-}
+static bool crowded(void) { return atomic_load(&pool.computing) > atomic_load(&pool.limit); }
 
-static bool enter(void)
-{
+static bool enter(void) {
     if (atomic_fetch_add(&pool.computing, 1) < atomic_load(&pool.limit)) {
         uint64_t door = atomic_load(&pool.door);
         while (inside(door) < seats(door))
@@ -138,14 +127,10 @@ static bool enter(void)
     return false;
 }
 
-static void close_door(void)
-{
-    atomic_fetch_and(&pool.door, UINT32_MAX);
-}
+static void close_door(void) { atomic_fetch_and(&pool.door, UINT32_MAX); }
 
 /* Afterwards the run may be gone: nothing of it is touched. */
-static void leave(void)
-{
+static void leave(void) {
     atomic_fetch_sub(&pool.computing, 1);
     uint64_t before = atomic_fetch_sub(&pool.door, 1);
     if (inside(before) > 1 || !atomic_load(&pool.owner_waits)) return;
@@ -155,8 +140,7 @@ static void leave(void)
 }
 
 /* A wake-up that gets lost costs speed only: the owner does the work itself. */
-static void wake_workers(int wanted)
-{
+static void wake_workers(int wanted) {
     if (wanted <= 0 || atomic_load(&pool.sleeping) == 0) return;
     pthread_mutex_lock(&pool.lock);
     if (wanted >= atomic_load(&pool.sleeping))
@@ -166,8 +150,7 @@ static void wake_workers(int wanted)
     pthread_mutex_unlock(&pool.lock);
 }
 
-static void sleep_until_wanted(void)
-{
+static void sleep_until_wanted(void) {
     pthread_mutex_lock(&pool.lock);
     atomic_fetch_add(&pool.sleeping, 1);
     while (!seat_free()) pthread_cond_wait(&pool.wake, &pool.lock);
@@ -179,27 +162,23 @@ static void sleep_until_wanted(void)
 
 /* A poll may run Python code, and that may fork.  The child has lost the workers
  * and with them the tasks they were in. */
-static bool lost_in_fork(const struct run *run)
-{
+static bool lost_in_fork(const struct run *run) {
     return run->seats > 0 && run->fork_generation != pool.fork_generation;
 }
 
-static void poll_caller(struct run *run)
-{
+static void poll_caller(struct run *run) {
     if (run->poll.stop == NULL || atomic_load(&run->stopped) || now_ns(poll_clock) < run->next_poll_ns) return;
     bool stop = run->poll.stop(run->poll.arg);
     if (stop || lost_in_fork(run)) atomic_store(&run->stopped, true);
     run->next_poll_ns = now_ns(poll_clock) + POLL_NS;
 }
 
-bool gqa_job_stopped(struct gqa_job *job)
-{
+bool gqa_job_stopped(struct gqa_job *job) {
     if (job->is_caller) poll_caller(job->run);
     return atomic_load_explicit(&job->run->stopped, memory_order_relaxed);
 }
 
-static bool run_next_task(struct gqa_job *job, void *scratch)
-{
+static bool run_next_task(struct gqa_job *job, void *scratch) {
     struct run *run = job->run;
     if (gqa_job_stopped(job)) return false;
     int64_t index = atomic_fetch_add(&run->next, 1);
@@ -210,8 +189,7 @@ static bool run_next_task(struct gqa_job *job, void *scratch)
 
 /* ---- workers ---- */
 
-static void help(struct run *run, struct scratch *scratch)
-{
+static void help(struct run *run, struct scratch *scratch) {
     struct gqa_job job = {.run = run, .is_caller = false};
     if (scratch_reserve(scratch, run->scratch_bytes))
         while (run_next_task(&job, scratch->data))
@@ -219,8 +197,7 @@ static void help(struct run *run, struct scratch *scratch)
     close_door();
 }
 
-static void *worker_main(void *unused)
-{
+static void *worker_main(void *unused) {
     struct scratch scratch = {0};
     for (;;) {
         if (!spin_until(seat_free)) sleep_until_wanted();
@@ -233,15 +210,13 @@ static void *worker_main(void *unused)
 }
 
 /* Signals are for the threads that know of them; faults stay where they happen. */
-static void worker_signals(sigset_t *blocked)
-{
+static void worker_signals(sigset_t *blocked) {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS};
     sigfillset(blocked);
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(blocked, faults[i]);
 }
 
-static bool start_worker(void)
-{
+static bool start_worker(void) {
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes) != 0) return false;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -256,8 +231,7 @@ static bool start_worker(void)
     return !refused;
 }
 
-static void start_workers(int wanted)
-{
+static void start_workers(int wanted) {
     while (pool.workers < wanted && pool.pauses == 0)
         if (start_worker())
             pool.workers++;
@@ -272,8 +246,7 @@ static void before_fork(void) { pthread_mutex_lock(&pool.lock); }
 static void after_fork_in_parent(void) { pthread_mutex_unlock(&pool.lock); }
 
 /* Whatever another thread was using is left where it lies. */
-static void after_fork_in_child(void)
-{
+static void after_fork_in_child(void) {
     pool.fork_generation++;
     pool.workers = pool.pauses = 0;
     pthread_cond_init(&pool.wake, NULL);
@@ -287,23 +260,18 @@ static void after_fork_in_child(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
-static void watch_forks(void)
-{
-    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
-}
+static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
 
 /* ---- the caller ---- */
 
-static int seats_for(int64_t count, int max_threads)
-{
+static int seats_for(int64_t count, int max_threads) {
     int threads = atomic_load(&pool.limit);
     if (max_threads > 0 && max_threads < threads) threads = max_threads;
     if (count < threads) threads = (int)count;
     return threads - 1 < MAX_WORKERS ? threads - 1 : MAX_WORKERS;
 }
 
-static void invite_workers(struct run *run, int wanted)
-{
+static void invite_workers(struct run *run, int wanted) {
     if (wanted <= 0 || atomic_exchange(&pool.owned, true)) return;
     start_workers(wanted);
     run->seats = wanted;
@@ -315,8 +283,7 @@ static void invite_workers(struct run *run, int wanted)
 
 /* By the wall clock, which static initialisers give; a step of it during these
  * 10 ms delays a poll, never the end of the run. */
-static void wait_for_leavers(void)
-{
+static void wait_for_leavers(void) {
     struct timespec until;
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_nsec += POLL_NS;
@@ -329,8 +296,7 @@ static void wait_for_leavers(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
-static void dismiss_workers(struct run *run)
-{
+static void dismiss_workers(struct run *run) {
     close_door();
     bool gone = spin_until(nobody_inside);
     while (!gone && !lost_in_fork(run)) {
@@ -341,8 +307,7 @@ static void dismiss_workers(struct run *run)
 }
 
 /* Gives back all that the run holds.  In a child forked by the poll it holds nothing. */
-static void release(struct run *run)
-{
+static void release(struct run *run) {
     if (run->seats > 0 && !lost_in_fork(run)) dismiss_workers(run);
     if (run->fork_generation != pool.fork_generation) return;
     if (run->seats > 0) atomic_store(&pool.owned, false);
@@ -351,8 +316,7 @@ static void release(struct run *run)
     if (seat_free()) wake_workers(1);
 }
 
-static void lead(struct run *run, int helpers)
-{
+static void lead(struct run *run, int helpers) {
     void *scratch = run->scratch->data; /* also where the poll forked, and the block is no longer ours to ask */
     struct gqa_job job = {.run = run, .is_caller = true};
     if (run->poll.stop != NULL) run->next_poll_ns = now_ns(poll_clock) + POLL_NS;
@@ -360,13 +324,16 @@ static void lead(struct run *run, int helpers)
     while (run_next_task(&job, scratch)) continue;
 }
 
-enum gqa_status gqa_pool_run(gqa_task *task, const void *context, int64_t count,
-                             size_t scratch_bytes, int max_threads, struct gqa_poll poll)
-{
+enum gqa_status gqa_pool_run(gqa_task *task, const void *context, int64_t count, size_t scratch_bytes, int max_threads,
+                             struct gqa_poll poll) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
-    struct run run = {.task = task, .context = context, .count = count, .poll = poll,
-                      .scratch_bytes = scratch_bytes, .fork_generation = pool.fork_generation};
+    struct run run = {.task = task,
+                      .context = context,
+                      .count = count,
+                      .poll = poll,
+                      .scratch_bytes = scratch_bytes,
+                      .fork_generation = pool.fork_generation};
     run.scratch = scratch_borrow(&run.own_scratch);
     atomic_fetch_add(&pool.computing, 1);
     bool ready = scratch_reserve(run.scratch, scratch_bytes);
@@ -376,12 +343,6 @@ enum gqa_status gqa_pool_run(gqa_task *task, const void *context, int64_t count,
     return atomic_load(&run.stopped) ? GQA_INTERRUPTED : GQA_OK;
 }
 
-int gqa_get_num_threads(void)
-{
-    return atomic_load(&pool.limit);
-}
+int gqa_get_num_threads(void) { return atomic_load(&pool.limit); }
 
-void gqa_set_num_threads(int count)
-{
-    atomic_store(&pool.limit, count < 1 ? 1 : count);
-}
+void gqa_set_num_threads(int count) { atomic_store(&pool.limit, count < 1 ? 1 : count); }

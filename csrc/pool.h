@@ -16,8 +16,8 @@ typedef void gqa_task(const void *context, int64_t index, void *scratch, struct 
 /* Runs task(context, 0..count-1), each once, in any order and on any thread, low
  * indices started first.  Returns GQA_OK, GQA_NO_MEMORY (nothing ran) or
  * GQA_INTERRUPTED (some tasks did not run or did not finish). */
-enum gqa_status gqa_pool_run(gqa_task *task, const void *context, int64_t count,
-                             size_t scratch_bytes, int max_threads, struct gqa_poll poll);
+enum gqa_status gqa_pool_run(gqa_task *task, const void *context, int64_t count, size_t scratch_bytes, int max_threads,
+                             struct gqa_poll poll);
 
 /* For long tasks: true once the call was told to stop; the task then returns early.
  * Cheap enough for every few microseconds; on the calling thread it also polls. */

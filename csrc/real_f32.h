@@ -11,6 +11,6 @@ typedef float real;
 #define LN2_HIGH REAL(0.693359375)
 #define LN2_LOW REAL(-2.12194440e-4)
 /* (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, Chebyshev fit, relative error 8e-9; highest power first */
-#define EXP_TERMS {1.3926213e-3f, 8.363203e-3f, 4.1666556e-2f, 1.6666576e-1f, 0.5f}
+static const real exp_terms[] = {1.3926213e-3f, 8.363203e-3f, 4.1666556e-2f, 1.6666576e-1f, 0.5f};
 
 #endif

@@ -16,14 +16,12 @@ static struct {
     struct scratch block;
 } kept[KEPT_BLOCKS];
 
-static void discard(struct scratch *block)
-{
+static void discard(struct scratch *block) {
     free(block->data);
     *block = (struct scratch){0};
 }
 
-bool scratch_reserve(struct scratch *block, size_t bytes)
-{
+bool scratch_reserve(struct scratch *block, size_t bytes) {
     if (bytes <= block->bytes) return true;
     discard(block);
     void *data;
@@ -32,20 +30,17 @@ bool scratch_reserve(struct scratch *block, size_t bytes)
     return true;
 }
 
-void scratch_trim(struct scratch *block)
-{
+void scratch_trim(struct scratch *block) {
     if (block->bytes > KEEP_BYTES) discard(block);
 }
 
-struct scratch *scratch_borrow(struct scratch *own)
-{
+struct scratch *scratch_borrow(struct scratch *own) {
     for (int i = 0; i < KEPT_BLOCKS; i++)
         if (!atomic_exchange(&kept[i].taken, true)) return &kept[i].block;
     return own;
 }
 
-void scratch_return(struct scratch *block, struct scratch *own)
-{
+void scratch_return(struct scratch *block, struct scratch *own) {
     if (block == own) {
         discard(own);
         return;
@@ -55,8 +50,7 @@ void scratch_return(struct scratch *block, struct scratch *own)
         if (block == &kept[i].block) atomic_store(&kept[i].taken, false);
 }
 
-void scratch_forget_borrowed(void)
-{
+void scratch_forget_borrowed(void) {
     for (int i = 0; i < KEPT_BLOCKS; i++)
         if (atomic_exchange(&kept[i].taken, false)) kept[i].block = (struct scratch){0};
 }

@@ -11,7 +11,10 @@
 
 #include "mask.h"
 
-enum { FEW_KEYS = 16 }; /* value rows that stay in the first-level cache while pairs of query rows pass over them */
+enum {
+    CACHE_LINE = 64,
+    FETCHED_ROWS = 8, /* about what memory delivers while it would otherwise wait for the next stream to be noticed */
+};
 
 /* ---- workspace ---- */
 
@@ -112,19 +115,20 @@ struct step {
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
     const int64_t count = keys->end - keys->first;
-    keys->key = gqa_view_rows(plan->kernels, &plan->key,
-                              gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head), keys->first, count,
-                              plan->head_dim, work->key);
-    keys->value = gqa_view_rows(plan->kernels, &plan->value,
-                                gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head), keys->first, count,
-                                plan->v_dim, work->value);
+    keys->key =
+        gqa_view_rows(plan->kernels, &plan->key, gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head),
+                      keys->first, count, plan->head_dim, work->key);
+    keys->value =
+        gqa_view_rows(plan->kernels, &plan->value, gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head),
+                      keys->first, count, plan->v_dim, work->value);
     keys->state = UNKNOWN;
 }
 
 static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
                              int64_t tile, const struct key_tile *keys, char *part) {
     const int64_t row = tile * plan->tile_rows;
-    struct step step = {.rows = (int)gqa_min(plan->tile_rows, unit->rows - row), .first = keys->end, .end = keys->first};
+    struct step step = {
+        .rows = (int)gqa_min(plan->tile_rows, unit->rows - row), .first = keys->end, .end = keys->first};
     int64_t all_lo = keys->first, all_hi = keys->end;
     for (int64_t r = row; r < row + step.rows; r++) {
         all_lo = gqa_max(all_lo, work->row_lo[r]);
@@ -185,7 +189,15 @@ static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int
     kernels->soften_lanes(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
                           lanes, count, step->m, step->l, work->alpha);
     product(plan, step, keys, kernels->outer)(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1,
-                              keys->value.stride, (int)plan->v_dim, count);
+                                              keys->value.stride, (int)plan->v_dim, count);
+}
+
+/* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
+static void fetch_rows(const struct gqa_plan *plan, const char *rows, ptrdiff_t stride, int64_t width) {
+    const int64_t real = (int64_t)plan->kernels->real_size;
+    for (int64_t i = 0; i < FETCHED_ROWS; i++)
+        for (int64_t byte = 0; byte < width * real; byte += CACHE_LINE)
+            __builtin_prefetch((const void *)((uintptr_t)rows + (uintptr_t)(i * stride * real + byte)), 0, 2);
 }
 
 static void attend_few(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
@@ -193,18 +205,17 @@ static void attend_few(const struct gqa_plan *plan, struct gqa_work *work, int64
     const struct gqa_kernels *kernels = plan->kernels;
     const int64_t real = (int64_t)kernels->real_size;
     const int count = (int)(step->end - step->first), rows = step->rows;
-    const ptrdiff_t v_stride = keys->value.stride;
     const ptrdiff_t q_stride = (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes);
     kernels->dot(work->scores, query_tile(plan, work, tile), q_stride, rows, key, keys->key.stride, count,
                  (int)plan->head_dim);
+    fetch_rows(plan, value, keys->value.stride, plan->v_dim);
     kernels->soften_rows(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL,
                          step->masked ? work->hi : NULL, rows, count, step->m, step->l, work->alpha);
     if (memcmp(work->alpha, work->ones, (size_t)(rows * real))) /* rare once the maximum is found */
         kernels->blend(step->o, NULL, plan->o_lanes, rows, plan->o_lanes, work->alpha, NULL, true);
-    gqa_outer *outer = product(plan, step, keys, kernels->outer_few);
-    for (int j = 0; j < count; j += FEW_KEYS)
-        outer(step->o, plan->o_lanes, work->ones, value + j * v_stride * real, v_stride, (int)plan->v_dim,
-              work->scores + j * real, GQA_KEY_TILE, 1, rows, (int)gqa_min(FEW_KEYS, count - j));
+    fetch_rows(plan, key + count * keys->key.stride * real, keys->key.stride, plan->head_dim);
+    product(plan, step, keys, kernels->outer_few)(step->o, plan->o_lanes, work->ones, value, keys->value.stride,
+                                                  (int)plan->v_dim, work->scores, GQA_KEY_TILE, 1, rows, count);
 }
 
 static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
@@ -230,11 +241,11 @@ void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, str
                    int64_t first, int64_t end, struct gqa_job *job) {
     const int64_t tiles = gqa_ceil_div(unit->rows, plan->tile_rows);
     clear(plan, part, tiles);
-    while (first < end && !gqa_job_stopped(job)) {
+    while (first < end) {
         const int64_t next = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE;
         struct key_tile keys = {.first = first, .end = gqa_min(next, end)};
         load_keys(plan, unit, work, &keys);
-        for (int64_t tile = 0; tile < tiles; tile++) {
+        for (int64_t tile = 0; tile < tiles && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first < step.end) attend(plan, unit, work, tile, &step, &keys);
         }

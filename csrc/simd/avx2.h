@@ -3,7 +3,13 @@
 #include "../real_f32.h"
 
 enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 8 };
-enum { ROW_VECTORS = 3, COLUMNS = 4, FEW_VECTORS = 8, FEW_COLUMNS = 1, DOT_ROWS = 2 }; /* blocks that fit the registers */
+enum {
+    ROW_VECTORS = 3,
+    COLUMNS = 4,
+    FEW_VECTORS = 8,
+    FEW_COLUMNS = 1,
+    DOT_ROWS = 2
+}; /* blocks that fit the registers */
 
 typedef __m256 vec;
 typedef __m256 mask;

@@ -3,7 +3,13 @@
 #include "../real_f64.h"
 
 enum { LANES = 4, ROW_TILE = 12, FEW_ROWS = 8 };
-enum { ROW_VECTORS = 3, COLUMNS = 4, FEW_VECTORS = 8, FEW_COLUMNS = 1, DOT_ROWS = 2 }; /* blocks that fit the registers */
+enum {
+    ROW_VECTORS = 3,
+    COLUMNS = 4,
+    FEW_VECTORS = 8,
+    FEW_COLUMNS = 1,
+    DOT_ROWS = 2
+}; /* blocks that fit the registers */
 
 typedef __m256d vec;
 typedef __m256d mask;

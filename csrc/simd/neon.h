@@ -3,7 +3,13 @@
 #include "../real_f32.h"
 
 enum { LANES = 4, ROW_TILE = 24, FEW_ROWS = 8 };
-enum { ROW_VECTORS = 3, COLUMNS = 8, FEW_VECTORS = 8, FEW_COLUMNS = 2, DOT_ROWS = 4 }; /* blocks that fit the registers */
+enum {
+    ROW_VECTORS = 3,
+    COLUMNS = 8,
+    FEW_VECTORS = 8,
+    FEW_COLUMNS = 2,
+    DOT_ROWS = 4
+}; /* blocks that fit the registers */
 
 typedef float32x4_t vec;
 typedef uint32x4_t mask;

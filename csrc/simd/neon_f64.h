@@ -3,7 +3,13 @@
 #include "../real_f64.h"
 
 enum { LANES = 2, ROW_TILE = 12, FEW_ROWS = 8 };
-enum { ROW_VECTORS = 3, COLUMNS = 8, FEW_VECTORS = 8, FEW_COLUMNS = 2, DOT_ROWS = 4 }; /* blocks that fit the registers */
+enum {
+    ROW_VECTORS = 3,
+    COLUMNS = 8,
+    FEW_VECTORS = 8,
+    FEW_COLUMNS = 2,
+    DOT_ROWS = 4
+}; /* blocks that fit the registers */
 
 typedef float64x2_t vec;
 typedef uint64x2_t mask;

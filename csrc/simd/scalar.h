@@ -7,7 +7,13 @@
 #include <string.h>
 
 enum { LANES = 1, ROW_TILE = 12, FEW_ROWS = 8 };
-enum { ROW_VECTORS = 3, COLUMNS = 4, FEW_VECTORS = 3, FEW_COLUMNS = 1, DOT_ROWS = 2 }; /* blocks that fit the registers */
+enum {
+    ROW_VECTORS = 3,
+    COLUMNS = 4,
+    FEW_VECTORS = 3,
+    FEW_COLUMNS = 1,
+    DOT_ROWS = 2
+}; /* blocks that fit the registers */
 
 typedef real vec;
 typedef bool mask;
@@ -23,7 +29,7 @@ static inline vec vsub(vec a, vec b) { return a - b; }
 static inline vec vmul(vec a, vec b) { return a * b; }
 static inline vec vdiv(vec a, vec b) { return a / b; }
 static inline vec vfma(vec a, vec b, vec c) { return a * b + c; } /* two roundings: fma() is a library call here */
-static inline vec vmax(vec a, vec b) { return a > b ? a : b; } /* b where either is NaN */
+static inline vec vmax(vec a, vec b) { return a > b ? a : b; }    /* b where either is NaN */
 
 static inline mask vlt(vec a, vec b) { return a < b; }
 static inline mask veq(vec a, vec b) { return a == b; }
