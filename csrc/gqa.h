@@ -20,7 +20,7 @@ enum gqa_status {
     GQA_INTERRUPTED, /* gqa_poll said stop; outputs hold garbage */
 };
 
-enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL };
+enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL, GQA_INT64 };
 
 /* Any strided array.  data == NULL says the argument is absent. */
 struct gqa_array {
@@ -40,13 +40,16 @@ struct gqa_poll {
 
 enum gqa_alignment { GQA_UPPER_LEFT, GQA_LOWER_RIGHT };
 
+enum { GQA_OPEN = -1 }; /* a side of the window without an end */
+
 /* Attention of query heads h over key/value heads h / (Hq / Hkv).  Leading
- * dimensions broadcast as in np.matmul; two dimensions mean one head. */
+ * dimensions broadcast as in np.matmul; two dimensions mean one head.  Rules that
+ * are not given are absent arrays, zeros and GQA_OPEN. */
 struct gqa_attention {
-    struct gqa_array query; /* (..., Hq, Sq, D) float32 or float64 */
+    struct gqa_array query; /* (..., Hq, Sq, D) any float dtype; float64 only beside float64 */
     struct gqa_array key;   /* (..., Hkv, Sk, D) */
     struct gqa_array value; /* (..., Hkv, Sk, Dv) */
-    struct gqa_array mask;  /* broadcasts to (..., Hq, Sq, Sk); bool or float; or absent */
+    struct gqa_array mask;  /* broadcasts to (..., Hq, Sq, Sk); bool or float */
     struct gqa_array out;   /* (..., Hq, Sq, Dv), query's dtype; same memory as query or disjoint */
     struct gqa_array lse;   /* (..., Hq, Sq) float32, or float64 beside float64; or absent */
     double scale;           /* used when has_scale, else 1 / sqrt(D) */
@@ -54,6 +57,13 @@ struct gqa_attention {
     bool grouped; /* false: Hq must equal Hkv */
     bool causal;
     enum gqa_alignment alignment;
+
+    int64_t left, right;           /* the window: p_i - left <= p_j <= p_i + right; GQA_OPEN */
+    double softcap;                /* 0 = off */
+    struct gqa_array alibi_slopes; /* float32 or float64, broadcasts to (..., Hq): (Hq,) or (B, Hq) */
+    struct gqa_array sinks;        /* (Hq,) any float dtype */
+    struct gqa_array query_lengths, kv_lengths;       /* int64, broadcast to the leading dimensions */
+    struct gqa_array query_positions, key_positions; /* int64, broadcast to (..., Sq) and (..., Sk) */
 };
 
 /* Checks everything but out and lse, and gives the shape of out; lse has the same less the last. */
