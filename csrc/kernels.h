@@ -32,9 +32,10 @@ struct gqa_kernels {
     int row_tile; /* query rows that lie in lanes together, a multiple of lanes */
     int few_rows; /* up to this many rows of a sequence take the few-rows form */
 
-    gqa_outer *outer;
-    gqa_outer *outer_few;     /* for a few n and a large a, streamed from memory; wants scale, and b_t == 1 */
-    gqa_outer *outer_careful; /* the same, but a product with a factor 0 is dropped, even 0 * NaN */
+    /* A careful product drops what has a factor 0, even 0 * NaN, and has the same bits otherwise. */
+    gqa_outer *outer, *outer_careful;
+    /* For a few n and a large a, streamed from memory; scale must be there and b_t be 1. */
+    gqa_outer *outer_few, *outer_few_careful;
 
     /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */
     void (*dot)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
@@ -70,12 +71,13 @@ struct gqa_kernels {
     /* Whether all of x (n, width) is finite. */
     bool (*finite)(const void *x, ptrdiff_t stride, int n, int width);
 
-    /* n elements of an array, any dtype, step bytes apart, to reals.  A bool becomes what a mask
+    /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */
     void (*load)(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
                  int n);
-    /* n reals to an array of reals, step bytes apart. */
-    void (*store)(char *to, ptrdiff_t step, bool swapped, const void *from, ptrdiff_t from_stride, int n);
+    /* n reals to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's own reals. */
+    void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from,
+                  ptrdiff_t from_stride, int n);
     /* to[i * to_stride] = from[i] * scale */
     void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
 };
