@@ -22,26 +22,24 @@ struct call {
 /* Makes and folds the parts of keys lo <= j < hi; at least one part, even of no key. */
 static char *walk(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t lo,
                   int64_t hi, struct gqa_job *job) {
-    const int64_t tiles = gqa_ceil_div(unit->rows, plan->tile_rows);
     struct gqa_fold fold = {0};
     int64_t span = lo / GQA_SPAN;
     do {
         const int64_t first = gqa_max(lo, span * GQA_SPAN), end = gqa_min(hi, (span + 1) * GQA_SPAN);
         gqa_unit_span(plan, unit, work, work->parts[work->levels - 1], first, end, job);
-        gqa_fold_add(plan, work, &fold, span++, tiles);
+        gqa_fold_add(plan, unit, work, &fold, span++);
     } while (span * GQA_SPAN < hi);
-    return gqa_fold_end(plan, work, &fold, tiles);
+    return gqa_fold_end(plan, unit, work, &fold);
 }
 
 static char *join_chunks(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                          const char *chunk_parts) {
-    const int64_t tiles = gqa_ceil_div(unit->rows, plan->tile_rows);
     struct gqa_fold fold = {.first_level = plan->chunk_level};
     for (int64_t chunk = 0; chunk < plan->chunks; chunk++) {
         memcpy(work->parts[work->levels - 1], chunk_parts + (size_t)chunk * plan->part_bytes, plan->part_bytes);
-        gqa_fold_add(plan, work, &fold, chunk, tiles);
+        gqa_fold_add(plan, unit, work, &fold, chunk);
     }
-    return gqa_fold_end(plan, work, &fold, tiles);
+    return gqa_fold_end(plan, unit, work, &fold);
 }
 
 static void whole_unit(const void *context, int64_t index, void *scratch, struct gqa_job *job) {
@@ -50,6 +48,8 @@ static void whole_unit(const void *context, int64_t index, void *scratch, struct
     struct gqa_work work;
     int64_t lo, hi;
     gqa_work_lay(plan, &work, scratch);
+    gqa_padding_store(plan, &unit, &work);
+    if (unit.rows == 0) return;
     gqa_unit_begin(plan, &unit, &work, &lo, &hi);
     gqa_part_store(plan, &unit, &work, walk(plan, &unit, &work, lo, hi, job));
 }
@@ -68,8 +68,9 @@ static void chunk_of_unit(const void *context, int64_t index, void *scratch, str
     hi = gqa_min(hi, (chunk + 1) * keys);
     char *parts = call->chunk_parts + (size_t)(unit_index * plan->chunks) * plan->part_bytes;
     memcpy(parts + (size_t)chunk * plan->part_bytes, walk(plan, &unit, &work, lo, hi, job), plan->part_bytes);
-    if (atomic_fetch_sub(&call->missing[unit_index], 1) == 1)
-        gqa_part_store(plan, &unit, &work, join_chunks(plan, &unit, &work, parts));
+    if (atomic_fetch_sub(&call->missing[unit_index], 1) != 1) return;
+    gqa_padding_store(plan, &unit, &work);
+    gqa_part_store(plan, &unit, &work, join_chunks(plan, &unit, &work, parts));
 }
 
 static enum gqa_status run_chunked(const struct gqa_plan *plan, size_t scratch, int threads, struct gqa_poll poll) {

@@ -8,10 +8,18 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
 extern const struct gqa_kernels gqa_avx512_f32, gqa_avx512_f64, gqa_avx2_f32, gqa_avx2_f64;
 
+/* F16C, which clang 14's __builtin_cpu_supports does not know; it works in AVX registers. */
+static bool has_f16c(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+
 /* __builtin_cpu_supports also asks the OS (XGETBV) whether it saves the wide registers. */
-static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 static bool has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -46,15 +46,20 @@ struct gqa_kernels {
     /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each
      * row take them in; alpha = exp(old m - new m).  Key j of a row is live when lo <= j < hi
      * and its bias is above -inf; the others are dropped by selection and weigh exactly 0.
-     * lo NULL: every key is live.  bias NULL: none. */
+     * lo NULL: every key is live.  bias NULL: none.  softcap: s becomes softcap * tanh(s / softcap) before
+     * all this; 0 = off. */
     void (*soften_lanes)(void *s,                        /* (keys, lanes), row stride row_tile */
                          const void *bias,               /* the same shape */
                          const void *lo, const void *hi, /* (lanes,) */
-                         int lanes, int keys, void *m, void *l, void *alpha /* (lanes,) each */);
+                         int lanes, int keys, double softcap, void *m, void *l, void *alpha /* (lanes,) each */);
     void (*soften_rows)(void *s,                        /* (rows, keys), row stride GQA_KEY_TILE */
                         const void *bias,               /* the same shape */
                         const void *lo, const void *hi, /* (rows,) */
-                        int rows, int keys, void *m, void *l, void *alpha /* (rows,) each */);
+                        int rows, int keys, double softcap, void *m, void *l, void *alpha /* (rows,) each */);
+
+    /* bias[i][lane] -= slope * |row_at - key_at|.  `rows`: i is a row and lanes are keys; else the other way. */
+    void (*tilt)(void *bias, ptrdiff_t stride, int n, int lanes, const void *slope, const void *row_at,
+                 const void *key_at, bool rows);
 
     /* Joins the statistics of two disjoint key sets into (m, l); weight and other_weight are what
      * their outputs count in the whole. */
@@ -69,7 +74,7 @@ struct gqa_kernels {
     void (*divide)(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows);
 
     /* Whether all of x (n, width) is finite. */
-    bool (*finite)(const void *x, ptrdiff_t stride, int n, int width);
+    bool (*all_finite)(const void *x, ptrdiff_t stride, int n, int width);
 
     /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */

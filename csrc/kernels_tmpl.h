@@ -190,47 +190,67 @@ static void dot(void *s_, const void *q_, ptrdiff_t q_stride, int rows, const vo
 
 /* ---- soften: scores to weights ---- */
 
-/* A score after its bias, or -inf where it is dropped. */
-BLOCK vec finished(vec s, const real *bias, vec j, vec lo, vec hi) {
+/* What is done to a vector of scores before its weights: softcap, bias, selection. */
+struct finish {
+    vec cap, inverse; /* softcap and 1 / softcap */
+    bool capped;
+    vec lo, hi;
+};
+
+static struct finish finish_of(double softcap, vec lo, vec hi) {
+    const real cap = (real)softcap;
+    return (struct finish){vset(cap), vset(cap > 0 ? 1 / cap : 0), cap > 0, lo, hi};
+}
+
+/* The finished score of key j, or -inf where it is dropped. */
+BLOCK vec finished(vec s, const real *bias, vec j, const struct finish *f) {
     const vec never = vset(-INFINITY);
+    if (f->capped) s = vmul(f->cap, vtanh(vmul(s, f->inverse)));
     if (bias) {
         const vec b = vload(bias);
         s = vselect(veq(b, never), never, vadd(s, b));
     }
-    return vselect(vlt(j, lo), never, vselect(vlt(j, hi), s, never));
+    return vselect(vlt(j, f->lo), never, vselect(vlt(j, f->hi), s, never));
 }
 
 /* The maximum to subtract: 0 for a row that has only -inf, so that its weights are exp(-inf) = 0. */
 BLOCK vec shift_of(vec m) { return vselect(veq(m, vset(-INFINITY)), vset(0), m); }
 
-BLOCK vec finish_lanes(real *s, const real *bias, vec lo, vec hi, int keys, vec m, const bool all_live) {
+static vec finish_lanes(real *s, const real *bias, const struct finish *f, int keys, vec m) {
     for (int j = 0; j < keys; j++) {
-        vec x = vload(s + j * ROW_TILE);
-        if (!all_live) {
-            x = finished(x, bias ? bias + j * ROW_TILE : NULL, vset((real)j), lo, hi);
-            vstore(s + j * ROW_TILE, x);
-        }
+        const vec x = finished(vload(s + j * ROW_TILE), bias ? bias + j * ROW_TILE : NULL, vset((real)j), f);
+        vstore(s + j * ROW_TILE, x);
         m = vmax(x, m); /* in this order NaN is left to the sum */
     }
     return m;
 }
 
-static void soften_lanes(void *s_, const void *bias_, const void *lo_, const void *hi_, int lanes, int keys, void *m_,
-                         void *l_, void *alpha_) {
+static vec highest_lanes(const real *s, int keys, vec m) {
+    for (int j = 0; j < keys; j++) m = vmax(vload(s + j * ROW_TILE), m);
+    return m;
+}
+
+static vec weigh_lanes(real *s, int keys, vec shift) {
+    vec sum = vset(0);
+    for (int j = 0; j < keys; j++) {
+        const vec p = vexp(vsub(vload(s + j * ROW_TILE), shift));
+        vstore(s + j * ROW_TILE, p);
+        sum = vadd(sum, p);
+    }
+    return sum;
+}
+
+static void soften_lanes(void *s_, const void *bias_, const void *lo_, const void *hi_, int lanes, int keys,
+                         double softcap, void *m_, void *l_, void *alpha_) {
     const real *bias = bias_, *lo = lo_, *hi = hi_;
     for (int lane = 0; lane < lanes; lane += LANES) {
         real *s = (real *)s_ + lane, *m = (real *)m_ + lane, *l = (real *)l_ + lane;
-        const vec old = vload(m), zero = vset(0);
-        const vec top = lo || bias ? finish_lanes(s, bias ? bias + lane : NULL, lo ? vload(lo + lane) : zero,
-                                                  hi ? vload(hi + lane) : vset(GQA_KEY_TILE), keys, old, false)
-                                   : finish_lanes(s, NULL, zero, zero, keys, old, true);
-        const vec shift = shift_of(top), fade = vexp(vsub(old, shift));
-        vec sum = zero;
-        for (int j = 0; j < keys; j++) {
-            const vec p = vexp(vsub(vload(s + j * ROW_TILE), shift));
-            vstore(s + j * ROW_TILE, p);
-            sum = vadd(sum, p);
-        }
+        const vec old = vload(m);
+        const struct finish f =
+            finish_of(softcap, lo ? vload(lo + lane) : vset(0), lo ? vload(hi + lane) : vset(GQA_KEY_TILE));
+        const vec top = lo || bias || f.capped ? finish_lanes(s, bias ? bias + lane : NULL, &f, keys, old)
+                                               : highest_lanes(s, keys, old);
+        const vec shift = shift_of(top), fade = vexp(vsub(old, shift)), sum = weigh_lanes(s, keys, shift);
         vstore(m, top);
         vstore(l, vfma(vload(l), fade, sum));
         vstore((real *)alpha_ + lane, fade);
@@ -251,11 +271,11 @@ static real total(vec x) {
     return sums[0];
 }
 
-BLOCK void soften_row(real *s, const real *bias, real lo, real hi, int keys, real *m, real *l, real *alpha) {
+static void soften_row(real *s, const real *bias, const struct finish *f, int keys, real *m, real *l, real *alpha) {
     const vec old = vset(*m);
     vec top = old, sum = vset(0);
     for (int j = 0; j < keys; j += LANES) {
-        const vec x = finished(vload(s + j), bias ? bias + j : NULL, vadd(vset((real)j), viota()), vset(lo), vset(hi));
+        const vec x = finished(vload(s + j), bias ? bias + j : NULL, vadd(vset((real)j), viota()), f);
         vstore(s + j, x);
         top = vmax(x, top);
     }
@@ -272,12 +292,14 @@ BLOCK void soften_row(real *s, const real *bias, real lo, real hi, int keys, rea
     *alpha = fade;
 }
 
-static void soften_rows(void *s, const void *bias, const void *lo, const void *hi, int rows, int keys, void *m, void *l,
-                        void *alpha) {
-    for (int r = 0; r < rows; r++)
-        soften_row((real *)s + r * GQA_KEY_TILE, bias ? (const real *)bias + r * GQA_KEY_TILE : NULL,
-                   lo ? ((const real *)lo)[r] : 0, hi ? ((const real *)hi)[r] : (real)keys, keys, (real *)m + r,
-                   (real *)l + r, (real *)alpha + r);
+static void soften_rows(void *s, const void *bias, const void *lo, const void *hi, int rows, int keys, double softcap,
+                        void *m, void *l, void *alpha) {
+    for (int r = 0; r < rows; r++) {
+        const struct finish f = finish_of(softcap, vset(lo ? ((const real *)lo)[r] : 0),
+                                          vset(hi ? ((const real *)hi)[r] : (real)keys));
+        soften_row((real *)s + r * GQA_KEY_TILE, bias ? (const real *)bias + r * GQA_KEY_TILE : NULL, &f, keys,
+                   (real *)m + r, (real *)l + r, (real *)alpha + r);
+    }
 }
 
 /* ---- join, blend, divide: putting parts together ---- */
@@ -301,6 +323,17 @@ BLOCK vec statistic(const void *x, int i, int lane, bool rows) {
     return rows ? vset(((const real *)x)[i]) : vload((const real *)x + lane);
 }
 
+static void tilt(void *bias, ptrdiff_t stride, int n, int lanes, const void *slope, const void *row_at,
+                 const void *key_at, bool rows) {
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane += LANES) {
+            real *to = (real *)bias + i * stride + lane;
+            const vec away = vsub(statistic(row_at, i, lane, rows), statistic(key_at, i, lane, !rows));
+            const vec distance = vmax(away, vsub(vset(0), away));
+            vstore(to, vsub(vload(to), vmul(statistic(slope, i, lane, rows), distance)));
+        }
+}
+
 static void blend(void *c, const void *d, ptrdiff_t stride, int n, int lanes, const void *weight,
                   const void *other_weight, bool rows) {
     for (int i = 0; i < n; i++)
@@ -322,7 +355,7 @@ static void divide(void *c, ptrdiff_t stride, int n, int lanes, const void *l, b
         }
 }
 
-static bool finite(const void *x, ptrdiff_t stride, int n, int width) {
+static bool all_finite(const void *x, ptrdiff_t stride, int n, int width) {
     vec seen = vset(0); /* 0 * x is NaN unless x is finite */
     for (int i = 0; i < n; i++)
         for (int t = 0; t < width; t += LANES) {
@@ -344,10 +377,11 @@ const struct gqa_kernels KERNELS = {
     .dot = dot,
     .soften_lanes = soften_lanes,
     .soften_rows = soften_rows,
+    .tilt = tilt,
     .join = join,
     .blend = blend,
     .divide = divide,
-    .finite = finite,
+    .all_finite = all_finite,
     .load = load,
     .store = store,
     .spread = spread,

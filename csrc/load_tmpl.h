@@ -1,5 +1,5 @@
-/* load_tmpl.h: rows of the caller's arrays to reals and back, element by element, for
- * arrays that do not already lie as a kernel wants them, and for masks.
+/* load_tmpl.h: rows of the caller's arrays to reals and back, for arrays that do not already lie
+ * as a kernel wants them, and for masks.  Halves go by the vector, the rest element by element.
  * Included by kernels_tmpl.h; the table's load, store and spread. */
 #include <float.h>
 #include <stdint.h>
@@ -31,8 +31,6 @@ BLOCK real clamped(double x) {
 BLOCK real real_at(const char *from, const enum gqa_dtype dtype, bool swapped) {
     switch (dtype) {
     case GQA_BOOL: return bits_at(from, 1, false) ? 0 : -INFINITY;
-    case GQA_FLOAT16: return gqa_float16_to_float((uint16_t)bits_at(from, 2, swapped));
-    case GQA_BFLOAT16: return gqa_bfloat16_to_float((uint16_t)bits_at(from, 2, swapped));
     case GQA_FLOAT32: return gqa_float_from_bits((uint32_t)bits_at(from, 4, swapped));
     default: return clamped(gqa_double_from_bits(bits_at(from, 8, swapped)));
     }
@@ -43,24 +41,80 @@ BLOCK void load_as(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t st
     for (int i = 0; i < n; i++) to[i * to_stride] = real_at(from + i * step, dtype, swapped);
 }
 
+BLOCK vec widened(const void *halves, const enum gqa_dtype dtype) {
+    return dtype == GQA_FLOAT16 ? vload_f16(halves) : vload_bf16(halves);
+}
+
+/* At most a vector of halves that do not lie one after another, or do not fill it. */
+BLOCK void load_some_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step,
+                            const enum gqa_dtype dtype, bool swapped, int n) {
+    uint16_t halves[LANES] = {0};
+    real wide[LANES];
+    for (int i = 0; i < n; i++) halves[i] = (uint16_t)bits_at(from + i * step, 2, swapped);
+    vstore(wide, widened(halves, dtype));
+    for (int i = 0; i < n; i++) to[i * to_stride] = wide[i];
+}
+
+BLOCK void load_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, const enum gqa_dtype dtype,
+                       bool swapped, int n) {
+    const bool plain = to_stride == 1 && step == 2 && !swapped;
+    int i = 0;
+    if (plain)
+        for (; n - i >= LANES; i += LANES) vstore(to + i, widened(from + i * step, dtype));
+    for (; i < n; i += LANES)
+        load_some_halves(to + i * to_stride, to_stride, from + i * step, step, dtype, swapped,
+                         n - i < LANES ? n - i : LANES);
+}
+
 static void load(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
                  int n) {
     switch (dtype) {
     case GQA_BOOL: load_as(to, to_stride, from, step, GQA_BOOL, false, n); break;
-    case GQA_FLOAT16: load_as(to, to_stride, from, step, GQA_FLOAT16, swapped, n); break;
-    case GQA_BFLOAT16: load_as(to, to_stride, from, step, GQA_BFLOAT16, swapped, n); break;
+    case GQA_FLOAT16: load_halves(to, to_stride, from, step, GQA_FLOAT16, swapped, n); break;
+    case GQA_BFLOAT16: load_halves(to, to_stride, from, step, GQA_BFLOAT16, swapped, n); break;
     case GQA_FLOAT32: load_as(to, to_stride, from, step, GQA_FLOAT32, swapped, n); break;
     case GQA_FLOAT64: load_as(to, to_stride, from, step, GQA_FLOAT64, swapped, n); break;
+    case GQA_INT64: break; /* lengths and positions stay integers */
     }
 }
 
-/* Outputs have the arithmetic's own type. */
-static void store(char *to, ptrdiff_t step, bool swapped, const void *from, ptrdiff_t from_stride, int n) {
+/* At most a vector of reals, narrowed together wherever they come from and go to. */
+BLOCK void store_some_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from,
+                             ptrdiff_t from_stride, int n) {
+    uint16_t halves[LANES];
+    real part[LANES] = {0};
+    for (int i = 0; i < n; i++) part[i] = from[i * from_stride];
+    if (dtype == GQA_FLOAT16)
+        vstore_f16(halves, vload(part));
+    else
+        vstore_bf16(halves, vload(part));
     for (int i = 0; i < n; i++) {
-        const char *value = (const char *)((const real *)from + i * from_stride);
-        const uint64_t bits = bits_at(value, sizeof(real), swapped);
+        const uint16_t bits = swapped ? __builtin_bswap16(halves[i]) : halves[i];
+        memcpy(to + i * step, &bits, sizeof bits);
+    }
+}
+
+BLOCK void store_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from,
+                        ptrdiff_t from_stride, int n) {
+    for (int i = 0; i < n; i += LANES)
+        store_some_halves(to + i * step, step, dtype, swapped, from + i * from_stride, from_stride,
+                          n - i < LANES ? n - i : LANES);
+}
+
+BLOCK void store_reals(char *to, ptrdiff_t step, bool swapped, const real *from, ptrdiff_t from_stride, int n) {
+    for (int i = 0; i < n; i++) {
+        const uint64_t bits = bits_at((const char *)(from + i * from_stride), sizeof(real), swapped);
         const uint32_t low = (uint32_t)bits;
         memcpy(to + i * step, sizeof(real) == sizeof low ? (const void *)&low : (const void *)&bits, sizeof(real));
+    }
+}
+
+static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from,
+                  ptrdiff_t from_stride, int n) {
+    switch (dtype) {
+    case GQA_FLOAT16: store_halves(to, step, GQA_FLOAT16, swapped, from, from_stride, n); break;
+    case GQA_BFLOAT16: store_halves(to, step, GQA_BFLOAT16, swapped, from, from_stride, n); break;
+    default: store_reals(to, step, swapped, from, from_stride, n);
     }
 }
 

@@ -1,4 +1,4 @@
-/* math_tmpl.h: exp, once, in words of the vocabulary.  Included by kernels_tmpl.h. */
+/* math_tmpl.h: exp and tanh, once, in words of the vocabulary.  Included by kernels_tmpl.h. */
 
 /* exp(x) for x <= 0 within 2.5 ulp, exactly 1 at 0, NaN for NaN, and exactly 0 below the
  * smallest normal number, -inf included. */
@@ -11,4 +11,16 @@ static inline vec vexp(vec x) {
     for (size_t i = 1; i < sizeof exp_terms / sizeof *exp_terms; i++) sum = vfma(sum, r, vset(exp_terms[i]));
     sum = vadd(vfma(vmul(sum, r), r, r), vset(1));
     return vmul(sum, vpow2(n));
+}
+
+/* tanh(x) within 3 ulp, NaN for NaN. */
+static inline vec vtanh(vec x) {
+    const vec size = vmax(x, vsub(vset(0), x)), square = vmul(x, x);
+    vec sum = vset(tanh_terms[0]);
+    for (size_t i = 1; i < sizeof tanh_terms / sizeof *tanh_terms; i++) sum = vfma(sum, square, vset(tanh_terms[i]));
+    const vec small = vfma(vmul(sum, square), x, x);
+    const vec fade = vexp(vmul(size, vset(-2))); /* 1 - fade loses nothing once |x| > 0.4 */
+    const vec large = vdiv(vsub(vset(1), fade), vadd(vset(1), fade));
+    const vec signed_large = vselect(vlt(x, vset(0)), vsub(vset(0), large), large);
+    return vselect(vlt(size, vset(REAL(0.4))), small, signed_large);
 }

@@ -15,13 +15,17 @@ struct gqa_fold {
 };
 
 /* Takes in parts[levels - 1], which covers leaf `index` (its number among leaves of its size). */
-void gqa_fold_add(const struct gqa_plan *plan, struct gqa_work *work, struct gqa_fold *fold, int64_t index,
-                  int64_t tiles);
+void gqa_fold_add(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                  struct gqa_fold *fold, int64_t index);
 
 /* Joins what is left and returns the whole part; there must be one. */
-char *gqa_fold_end(const struct gqa_plan *plan, struct gqa_work *work, struct gqa_fold *fold, int64_t tiles);
+char *gqa_fold_end(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                   struct gqa_fold *fold);
 
-/* Divides by the sums and writes out and lse. */
+/* Takes in the sinks, divides by the sums and writes out and lse. */
 void gqa_part_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part);
+
+/* Rows past the end of the sequence: out 0, lse -inf. */
+void gqa_padding_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work);
 
 #endif

@@ -1,114 +1,63 @@
-/* plan.c: checks an attention problem against the contract, and cuts it into units.
+/* plan.c: cuts a checked attention problem into units.
  *
  * Everything irregular about shapes ends here: after gqa_plan_make an operand has
  * one stride per meaning, and a unit is a range of rows of one kv head.  The cut
- * never changes a result: rows are independent, and spans of keys lie at absolute
- * multiples.  Called by attention.c; gqa_attention_shape also by module.c. */
+ * never changes a result: rows are independent, spans of keys lie at absolute
+ * multiples, and the form depends on the sequence's own rows.  Called by attention.c. */
 #include "plan.h"
 
 #include <math.h>
+#include <string.h>
 
+#include "check.h"
 #include "dispatch.h"
-
-/* ---- the check ---- */
-
-/* Dimension `back` counted from the last (1), or 1 where the array has fewer. */
-static int64_t dim(const struct gqa_array *array, int back) {
-    return back <= array->ndim ? array->shape[array->ndim - back] : 1;
-}
-
-static int64_t step(const struct gqa_array *array, int back) {
-    return back <= array->ndim && dim(array, back) != 1 ? array->strides[array->ndim - back] : 0;
-}
-
-static bool is_real(enum gqa_dtype dtype) { return dtype == GQA_FLOAT32 || dtype == GQA_FLOAT64; }
-
-static bool types_fit(const struct gqa_attention *problem) {
-    const enum gqa_dtype dtype = problem->query.dtype;
-    return is_real(dtype) && problem->key.dtype == dtype && problem->value.dtype == dtype;
-}
-
-static bool heads_fit(const struct gqa_attention *problem) {
-    const int64_t q_heads = dim(&problem->query, 3), kv_heads = dim(&problem->key, 3);
-    if (kv_heads != dim(&problem->value, 3)) return false;
-    if (kv_heads == 0 || !problem->grouped) return q_heads == kv_heads;
-    return q_heads % kv_heads == 0;
-}
-
-static bool matrices_fit(const struct gqa_attention *problem) {
-    const struct gqa_array *query = &problem->query, *key = &problem->key, *value = &problem->value;
-    if (query->ndim < 2 || key->ndim < 2 || value->ndim < 2) return false;
-    return dim(query, 1) == dim(key, 1) && dim(query, 1) > 0 && dim(key, 2) == dim(value, 2);
-}
-
-/* Widens *size to take in one more operand's size, as NumPy broadcasts. */
-static bool broadcast(int64_t *size, int64_t other) {
-    if (*size == 1) *size = other;
-    return other == 1 || other == *size;
-}
-
-static bool mask_fits(const struct gqa_array *mask, int ndim, const int64_t *shape, int64_t seq_k) {
-    if (!mask->data) return true;
-    if (mask->ndim > ndim) return false;
-    for (int back = 1; back <= mask->ndim; back++) {
-        const int64_t size = dim(mask, back), want = back == 1 ? seq_k : shape[ndim - back];
-        if (size != 1 && size != want) return false;
-    }
-    return true;
-}
-
-static int larger(int a, int b) { return a > b ? a : b; }
-
-enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim, int64_t shape[GQA_MAX_DIMS]) {
-    const struct gqa_array *query = &problem->query, *key = &problem->key, *value = &problem->value;
-    if (!types_fit(problem) || !matrices_fit(problem) || !heads_fit(problem)) return GQA_BAD_ARGUMENT;
-    if (problem->has_scale && !isfinite(problem->scale)) return GQA_BAD_ARGUMENT;
-    *ndim = larger(query->ndim, larger(key->ndim, value->ndim));
-    for (int back = *ndim; back > 3; back--) {
-        int64_t *size = &shape[*ndim - back];
-        *size = dim(query, back);
-        if (!broadcast(size, dim(key, back)) || !broadcast(size, dim(value, back))) return GQA_BAD_ARGUMENT;
-    }
-    if (*ndim >= 3) shape[*ndim - 3] = dim(query, 3);
-    shape[*ndim - 2] = dim(query, 2);
-    shape[*ndim - 1] = dim(value, 1);
-    return mask_fits(&problem->mask, *ndim, shape, dim(key, 2)) ? GQA_OK : GQA_BAD_ARGUMENT;
-}
-
-static bool same_shape(const struct gqa_array *array, int ndim, const int64_t *shape) {
-    if (array->ndim != ndim) return false;
-    for (int i = 0; i < ndim; i++)
-        if (array->shape[i] != shape[i]) return false;
-    return true;
-}
-
-static bool outputs_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
-    if (problem->out.dtype != problem->query.dtype || !same_shape(&problem->out, ndim, shape)) return false;
-    if (!problem->lse.data) return true;
-    return problem->lse.dtype == problem->query.dtype && same_shape(&problem->lse, ndim - 1, shape);
-}
 
 /* ---- the operands ---- */
 
-/* trailing: dimensions after the head, 2, or 1 for the lse, which has no columns. */
-static void see(struct gqa_operand *operand, const struct gqa_array *array, int lead_ndim, int trailing) {
+static int64_t step(const struct gqa_array *array, int back) {
+    return back <= array->ndim && gqa_dim(array, back) != 1 ? array->strides[array->ndim - back] : 0;
+}
+
+/* trailing: how many dimensions there are after the leading ones; they are the last of head, row, column. */
+static void see(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array, int trailing) {
     operand->data = array->data;
+    if (!array->data) return;
     operand->dtype = array->dtype;
     operand->swapped = array->swapped;
-    operand->column = trailing == 2 ? step(array, 1) : 0;
-    operand->row = step(array, trailing);
-    operand->head = step(array, trailing + 1);
-    for (int i = 0; i < lead_ndim; i++) operand->lead[i] = step(array, trailing + 1 + lead_ndim - i);
+    operand->head = operand->row = operand->column = 0;
+    for (int i = 0; i < plan->lead_ndim; i++) operand->lead[i] = step(array, trailing + plan->lead_ndim - i);
+}
+
+static void see_matrix(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array) {
+    see(plan, operand, array, 3);
+    if (!array->data) return;
+    operand->head = step(array, 3);
+    operand->row = step(array, 2);
+    operand->column = step(array, 1);
+}
+
+static void see_vector(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array) {
+    see(plan, operand, array, 1);
+    if (array->data) operand->column = step(array, 1);
 }
 
 static void see_all(struct gqa_plan *plan, const struct gqa_attention *problem) {
-    see(&plan->query, &problem->query, plan->lead_ndim, 2);
-    see(&plan->key, &problem->key, plan->lead_ndim, 2);
-    see(&plan->value, &problem->value, plan->lead_ndim, 2);
-    see(&plan->out, &problem->out, plan->lead_ndim, 2);
-    plan->mask.data = plan->lse.data = NULL;
-    if (problem->mask.data) see(&plan->mask, &problem->mask, plan->lead_ndim, 2);
-    if (problem->lse.data) see(&plan->lse, &problem->lse, plan->lead_ndim, 1);
+    see_matrix(plan, &plan->query, &problem->query);
+    see_matrix(plan, &plan->key, &problem->key);
+    see_matrix(plan, &plan->value, &problem->value);
+    see_matrix(plan, &plan->mask, &problem->mask);
+    see_matrix(plan, &plan->out, &problem->out);
+    see(plan, &plan->lse, &problem->lse, 2);
+    if (problem->lse.data) {
+        plan->lse.head = step(&problem->lse, 2);
+        plan->lse.row = step(&problem->lse, 1);
+    }
+    see_vector(plan, &plan->slopes, &problem->alibi_slopes);
+    see_vector(plan, &plan->sinks, &problem->sinks);
+    see_vector(plan, &plan->query_positions, &problem->query_positions);
+    see_vector(plan, &plan->key_positions, &problem->key_positions);
+    see(plan, &plan->query_lengths, &problem->query_lengths, 0);
+    see(plan, &plan->kv_lengths, &problem->kv_lengths, 0);
 }
 
 char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *operand, int64_t sequence, int64_t head) {
@@ -124,36 +73,82 @@ static void measure(struct gqa_plan *plan, const struct gqa_attention *problem, 
     plan->lead_ndim = ndim > 3 ? ndim - 3 : 0;
     plan->sequences = 1;
     for (int i = 0; i < plan->lead_ndim; i++) plan->sequences *= plan->lead_shape[i] = shape[i];
-    plan->q_heads = dim(&problem->query, 3);
-    plan->kv_heads = dim(&problem->key, 3);
+    plan->q_heads = gqa_dim(&problem->query, 3);
+    plan->kv_heads = gqa_dim(&problem->key, 3);
     plan->group = plan->kv_heads ? plan->q_heads / plan->kv_heads : 0;
-    plan->seq_q = dim(&problem->query, 2);
-    plan->seq_k = dim(&problem->key, 2);
-    plan->head_dim = dim(&problem->query, 1);
-    plan->v_dim = dim(&problem->value, 1);
-    plan->scale = problem->has_scale ? problem->scale : 1 / sqrt((double)plan->head_dim);
-    plan->causal = problem->causal;
-    plan->offset = problem->alignment == GQA_LOWER_RIGHT ? plan->seq_k - plan->seq_q : 0;
+    plan->seq_q = gqa_dim(&problem->query, 2);
+    plan->seq_k = gqa_dim(&problem->key, 2);
+    plan->head_dim = gqa_dim(&problem->query, 1);
+    plan->v_dim = gqa_dim(&problem->value, 1);
 }
 
-void gqa_plan_bounds(const struct gqa_plan *plan, int64_t i, int64_t *lo, int64_t *hi) {
+static void take_rules(struct gqa_plan *plan, const struct gqa_attention *problem) {
+    plan->scale = problem->has_scale ? problem->scale : 1 / sqrt((double)plan->head_dim);
+    plan->softcap = problem->softcap;
+    plan->lower_right = problem->alignment == GQA_LOWER_RIGHT;
+    plan->left = problem->left == GQA_OPEN ? GQA_FAR : gqa_min(problem->left, GQA_FAR);
+    plan->right = problem->right == GQA_OPEN ? GQA_FAR : gqa_min(problem->right, GQA_FAR);
+    if (problem->causal) plan->right = 0;
+    plan->biased = plan->mask.data || plan->slopes.data || plan->key_positions.data;
+}
+
+/* ---- positions and bounds ---- */
+
+static int64_t integer_at(const char *at) {
+    int64_t x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+static int64_t length_of(const struct gqa_plan *plan, const struct gqa_operand *lengths, int64_t sequence,
+                         int64_t all) {
+    return lengths->data ? integer_at(gqa_operand_at(plan, lengths, sequence, 0)) : all;
+}
+
+int64_t gqa_query_position(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i) {
+    if (!plan->query_positions.data) return i + unit->offset;
+    const char *at = gqa_operand_at(plan, &plan->query_positions, unit->sequence, 0);
+    return gqa_max(-GQA_FAR, gqa_min(GQA_FAR, integer_at(at + i * plan->query_positions.column)));
+}
+
+int64_t gqa_key_position(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t j) {
+    if (!plan->key_positions.data) return j;
+    const char *at = gqa_operand_at(plan, &plan->key_positions, unit->sequence, 0);
+    return gqa_min(GQA_FAR, integer_at(at + j * plan->key_positions.column));
+}
+
+void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i, int64_t *lo, int64_t *hi) {
     *lo = 0;
-    *hi = plan->causal ? gqa_max(0, gqa_min(plan->seq_k, i + plan->offset + 1)) : plan->seq_k;
+    *hi = unit->seq_k;
+    if (plan->key_positions.data) return; /* in any order: the bias tile says who is live */
+    const int64_t position = gqa_query_position(plan, unit, i);
+    *lo = gqa_max(0, gqa_min(*hi, position - plan->left));
+    *hi = gqa_max(*lo, gqa_min(*hi, position + plan->right + 1));
 }
 
 /* ---- the cut ---- */
 
-static void shape_tiles(struct gqa_plan *plan) {
+static struct gqa_form shape_tile(const struct gqa_plan *plan, bool few) {
     const struct gqa_kernels *kernels = plan->kernels;
+    struct gqa_form form = {.few = few, .tile_rows = few ? kernels->few_rows : kernels->row_tile};
+    form.o_rows = (int)(few ? form.tile_rows : plan->v_dim);
+    form.o_lanes = few ? (int)gqa_round_up(plan->v_dim, kernels->lanes) : kernels->row_tile;
+    form.stats = (int)gqa_round_up(form.tile_rows, kernels->lanes);
+    const size_t reals = (size_t)form.o_rows * (size_t)form.o_lanes + 2 * (size_t)form.stats;
+    form.tile_bytes = (size_t)gqa_round_up((int64_t)(reals * kernels->real_size), 64);
+    return form;
+}
+
+static const struct gqa_form *form_for(const struct gqa_plan *plan, int64_t rows) {
+    return rows <= plan->few.tile_rows ? &plan->few : &plan->lanes;
+}
+
+static void shape_tiles(struct gqa_plan *plan) {
+    plan->lanes = shape_tile(plan, false);
+    plan->few = shape_tile(plan, true);
     plan->rows = plan->seq_q * plan->group;
-    plan->few = plan->rows <= kernels->few_rows;
-    plan->tile_rows = plan->few ? gqa_max(plan->rows, 1) : kernels->row_tile;
-    plan->tiles = gqa_ceil_div(plan->rows, plan->tile_rows);
-    plan->o_rows = (int)(plan->few ? plan->tile_rows : plan->v_dim);
-    plan->o_lanes = plan->few ? (int)gqa_round_up(plan->v_dim, kernels->lanes) : kernels->row_tile;
-    plan->stats = (int)gqa_round_up(plan->tile_rows, kernels->lanes);
-    const size_t reals = (size_t)plan->o_rows * (size_t)plan->o_lanes + 2 * (size_t)plan->stats;
-    plan->tile_bytes = (size_t)gqa_round_up((int64_t)(reals * kernels->real_size), 64);
+    plan->form = form_for(plan, plan->rows);
+    plan->tiles = gqa_ceil_div(plan->rows, plan->form->tile_rows);
 }
 
 /* Aims at enough units for an even load; a unit with many row tiles reads K and V less often. */
@@ -165,7 +160,8 @@ static void cut(struct gqa_plan *plan, int threads) {
     plan->unit_tiles = plan->head_units ? gqa_ceil_div(plan->tiles, plan->head_units) : 1;
     plan->head_units = gqa_ceil_div(plan->tiles, plan->unit_tiles);
     plan->units = kv_heads * plan->head_units;
-    plan->part_bytes = (size_t)plan->unit_tiles * plan->tile_bytes;
+    plan->part_bytes = (size_t)plan->unit_tiles * plan->form->tile_bytes;
+    if (plan->part_bytes < plan->few.tile_bytes) plan->part_bytes = plan->few.tile_bytes;
 
     const int64_t spans = gqa_ceil_div(plan->seq_k, GQA_SPAN);
     const int64_t chunks = plan->units ? gqa_ceil_div(wanted, plan->units) : 1;
@@ -178,10 +174,11 @@ enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention 
     int64_t shape[GQA_MAX_DIMS];
     const enum gqa_status status = gqa_attention_shape(problem, &ndim, shape);
     if (status != GQA_OK) return status;
-    if (!outputs_fit(problem, ndim, shape)) return GQA_BAD_ARGUMENT;
+    if (!gqa_outputs_fit(problem, ndim, shape)) return GQA_BAD_ARGUMENT;
     plan->kernels = gqa_kernels_for(problem->query.dtype);
     measure(plan, problem, ndim, shape);
     see_all(plan, problem);
+    take_rules(plan, problem);
     shape_tiles(plan);
     cut(plan, threads);
     return GQA_OK;
@@ -191,11 +188,15 @@ enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention 
  * and its late rows come first: under causal they are the long ones. */
 struct gqa_unit gqa_plan_unit(const struct gqa_plan *plan, int64_t index) {
     const int64_t head = index / plan->head_units, turn = plan->head_units - 1 - index % plan->head_units;
-    const int64_t first_row = turn * plan->unit_tiles * plan->tile_rows;
-    return (struct gqa_unit){
-        .sequence = head / plan->kv_heads,
-        .kv_head = head % plan->kv_heads,
-        .first_row = first_row,
-        .rows = gqa_min(plan->unit_tiles * plan->tile_rows, plan->rows - first_row),
-    };
+    const int64_t most = plan->unit_tiles * plan->form->tile_rows;
+    struct gqa_unit unit = {.sequence = head / plan->kv_heads, .kv_head = head % plan->kv_heads};
+    const int64_t seq_q = length_of(plan, &plan->query_lengths, unit.sequence, plan->seq_q);
+    const int64_t live = seq_q * plan->group;
+    unit.first_row = turn * most;
+    unit.rows = gqa_max(0, gqa_min(most, live - unit.first_row));
+    unit.padding = gqa_min(most, plan->rows - unit.first_row) - unit.rows;
+    unit.form = form_for(plan, live);
+    unit.seq_k = length_of(plan, &plan->kv_lengths, unit.sequence, plan->seq_k);
+    unit.offset = plan->lower_right ? unit.seq_k - seq_q : 0;
+    return unit;
 }

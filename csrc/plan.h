@@ -22,46 +22,64 @@ struct gqa_operand {
     int64_t head, row, column;
 };
 
+/* How rows are laid out: few at a time, or in lanes.  Rows of a kv head are its group's heads within
+ * each query: row = i * group + head in group. */
+struct gqa_form {
+    bool few;
+    int64_t tile_rows;          /* rows of a full tile */
+    int o_rows, o_lanes, stats; /* a tile's output is (o_rows, o_lanes) reals, densely; its statistics stats each */
+    size_t tile_bytes;          /* one row tile's o, m and l */
+};
+
 struct gqa_plan {
     const struct gqa_kernels *kernels;
     struct gqa_operand query, key, value, mask, out, lse;
+    struct gqa_operand slopes, sinks;                  /* columns are heads */
+    struct gqa_operand query_lengths, kv_lengths;      /* int64, neither head, row nor column */
+    struct gqa_operand query_positions, key_positions; /* int64, columns are positions */
 
     int lead_ndim;
     int64_t lead_shape[GQA_MAX_DIMS];
     int64_t sequences; /* product of lead_shape */
     int64_t q_heads, kv_heads, group;
     int64_t seq_q, seq_k, head_dim, v_dim;
-    double scale;
-    bool causal;
-    int64_t offset; /* position of query i is i + offset, of key j it is j */
+    double scale, softcap;
+    bool lower_right;
+    int64_t left, right; /* the window around p_i, causal taken in; GQA_FAR where open */
+    bool biased;         /* the bias tile is in use: a mask, slopes or key positions */
 
-    /* Rows of a kv head are its group's heads within each query: row = i * group + head in group. */
-    int64_t rows, tiles; /* a kv head's rows, and the row tiles they fill */
-    bool few;            /* the form: few rows, or rows in lanes */
-    int64_t tile_rows;   /* rows of a full tile */
-    int64_t unit_tiles;  /* row tiles of a full unit */
-    int64_t head_units;  /* units of a kv head */
-    int64_t units;       /* of the whole call */
-    int64_t chunks;      /* tasks that a unit's spans are cut into */
-    int chunk_level;     /* a chunk is 2^level spans, at an absolute multiple */
-
-    /* A tile's output accumulator is (o_rows, o_lanes) reals, densely; its statistics are stats reals each. */
-    int o_rows, o_lanes, stats;
-    size_t tile_bytes; /* one row tile's o, m and l */
-    size_t part_bytes; /* a full unit's */
+    struct gqa_form lanes, few;
+    const struct gqa_form *form; /* of a sequence without padding: what the cut counts with */
+    int64_t rows, tiles;         /* a kv head's rows, and the row tiles they fill */
+    int64_t unit_tiles;          /* row tiles of a full unit */
+    int64_t head_units;          /* units of a kv head */
+    int64_t units;               /* of the whole call */
+    int64_t chunks;              /* tasks that a unit's spans are cut into */
+    int chunk_level;             /* a chunk is 2^level spans, at an absolute multiple */
+    size_t part_bytes;           /* a full unit's tiles */
 };
+
+/* Further than any key, with room to add positions. */
+static const int64_t GQA_FAR = INT64_C(1) << 60;
 
 /* What one task of a unit works on. */
 struct gqa_unit {
     int64_t sequence, kv_head;
-    int64_t first_row, rows; /* within the kv head */
+    int64_t first_row;
+    int64_t rows, padding; /* rows of the sequence from first_row on, and rows past its end */
+    const struct gqa_form *form;
+    int64_t seq_k, offset; /* the sequence's keys; position of query i is i + offset, of key j it is j */
 };
 
 enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention *problem, int threads);
 struct gqa_unit gqa_plan_unit(const struct gqa_plan *plan, int64_t index);
 
+/* The position of query i, and of key j (negative: absent). */
+int64_t gqa_query_position(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i);
+int64_t gqa_key_position(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t j);
+
 /* Keys lo <= j < hi are live for query i as far as bounds go; lo == hi when none is. */
-void gqa_plan_bounds(const struct gqa_plan *plan, int64_t i, int64_t *lo, int64_t *hi);
+void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i, int64_t *lo, int64_t *hi);
 
 /* Where (sequence, head) of an operand begins. */
 char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *operand, int64_t sequence, int64_t head);

@@ -1,4 +1,4 @@
-/* real_f32.h: single precision for the templates: the type and the constants of exp. */
+/* real_f32.h: single precision for the templates: the type and the constants of exp and tanh. */
 #ifndef GQA_REAL_H
 #define GQA_REAL_H
 
@@ -12,5 +12,7 @@ typedef float real;
 #define LN2_LOW REAL(-2.12194440e-4)
 /* (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, Chebyshev fit, relative error 8e-9; highest power first */
 static const real exp_terms[] = {1.3926213e-3f, 8.363203e-3f, 4.1666556e-2f, 1.6666576e-1f, 0.5f};
+/* (tanh(x) / x - 1) / x^2 in powers of x^2 on |x| <= 0.4, relative error 6e-9; highest power first */
+static const real tanh_terms[] = {1.92680460e-2f, -5.37151214e-2f, 1.33325321e-1f, -3.33333293e-1f};
 
 #endif

@@ -1,4 +1,4 @@
-/* real_f64.h: double precision for the templates: the type and the constants of exp. */
+/* real_f64.h: double precision for the templates: the type and the constants of exp and tanh. */
 #ifndef GQA_REAL_H
 #define GQA_REAL_H
 
@@ -17,6 +17,12 @@ static const real exp_terms[] = {
     1.9841269863105968e-04, 1.3888888917281794e-03,
     8.333333333330051e-03,  4.166666666662399e-02,
     1.6666666666666669e-01, 0.5,
+};
+/* (tanh(x) / x - 1) / x^2 in powers of x^2 on |x| <= 0.4, relative error 2e-21; highest power first */
+static const real tanh_terms[] = {
+    -2.772668243621711e-05, 9.281232729653377e-05, -2.382770411578986e-04, 5.899160324889024e-04,
+    -1.455824964051031e-03, 3.592127522663161e-03, -8.863235512384432e-03, 2.186948853583623e-02,
+    -5.396825396825040e-02, 1.333333333333333e-01, -3.333333333333333e-01,
 };
 
 #endif

@@ -9,7 +9,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "mask.h"
+#include "bias.h"
 
 enum {
     CACHE_LINE = 64,
@@ -34,18 +34,21 @@ static int count_levels(const struct gqa_plan *plan) {
 size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *scratch) {
     const int64_t real = (int64_t)plan->kernels->real_size, lanes = plan->kernels->lanes;
     const int64_t head_dim = gqa_round_up(plan->head_dim, lanes), v_dim = gqa_round_up(plan->v_dim, lanes);
-    const int64_t tile_rows = gqa_round_up(plan->tile_rows, lanes), unit_rows = plan->unit_tiles * tile_rows;
+    const int64_t tile_rows = gqa_round_up(plan->form->tile_rows, lanes), unit_rows = plan->unit_tiles * tile_rows;
     char *cursor = scratch;
     work->levels = count_levels(plan);
     work->query = take(&cursor, unit_rows * head_dim * real);
     work->scores = take(&cursor, GQA_KEY_TILE * tile_rows * real);
-    work->bias = take(&cursor, plan->mask.data ? GQA_KEY_TILE * tile_rows * real : 0);
+    work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
     work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
     work->lo = take(&cursor, tile_rows * real);
     work->hi = take(&cursor, tile_rows * real);
     work->alpha = take(&cursor, tile_rows * real);
+    work->slope = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
+    work->row_at = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
+    work->key_at = take(&cursor, plan->slopes.data ? GQA_KEY_TILE * real : 0);
     work->ones = take(&cursor, gqa_max(tile_rows, v_dim) * real);
     work->row_lo = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
     work->row_hi = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
@@ -59,25 +62,26 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
 
 /* ---- begin: queries and bounds ---- */
 
-static char *query_tile(const struct gqa_plan *plan, const struct gqa_work *work, int64_t tile) {
+static char *query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
+                        int64_t tile) {
     const int64_t padded = gqa_round_up(plan->head_dim, plan->kernels->lanes);
-    const int64_t reals = plan->few ? 0 : tile * padded * plan->tile_rows;
-    return work->query + reals * (int64_t)plan->kernels->real_size;
+    return work->query + tile * padded * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
 }
 
 /* Row r of the unit goes into a lane of its tile, or lies as a zero-padded row when rows are few. */
 static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
     const struct gqa_kernels *kernels = plan->kernels;
+    const struct gqa_form *form = unit->form;
     const int64_t padded = gqa_round_up(plan->head_dim, kernels->lanes), real = (int64_t)kernels->real_size;
     const char *base = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
-    memset(work->query, 0, (size_t)(gqa_round_up(unit->rows, plan->tile_rows) * padded * real));
+    memset(work->query, 0, (size_t)(gqa_round_up(unit->rows, form->tile_rows) * padded * real));
     for (int64_t r = 0; r < unit->rows; r++) {
-        const int64_t row = unit->first_row + r, lane = r % plan->tile_rows;
+        const int64_t row = unit->first_row + r, lane = r % form->tile_rows;
         const char *at = base + row % plan->group * plan->query.head;
         const struct gqa_rows from =
             gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
-        char *tile = query_tile(plan, work, r / plan->tile_rows);
-        kernels->spread(tile + lane * (plan->few ? padded : 1) * real, plan->few ? 1 : plan->tile_rows, from.data,
+        char *tile = query_tile(plan, unit, work, r / form->tile_rows);
+        kernels->spread(tile + lane * (form->few ? padded : 1) * real, form->few ? 1 : form->tile_rows, from.data,
                         (int)plan->head_dim, plan->scale);
     }
 }
@@ -85,14 +89,15 @@ static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit,
 void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,
                     int64_t *hi) {
     pack_query(plan, unit, work);
-    *lo = plan->seq_k;
+    *lo = unit->seq_k;
     *hi = 0;
     for (int64_t r = 0; r < unit->rows; r++) {
-        gqa_plan_bounds(plan, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
+        gqa_plan_bounds(plan, unit, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
         if (work->row_lo[r] >= work->row_hi[r]) continue;
         *lo = gqa_min(*lo, work->row_lo[r]);
         *hi = gqa_max(*hi, work->row_hi[r]);
     }
+    if (unit->form->few) *lo -= *lo % GQA_KEY_TILE; /* keys lie in lanes: which lane must not depend on the rows */
 }
 
 /* ---- span: the keys ---- */
@@ -126,9 +131,10 @@ static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, 
 
 static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
                              int64_t tile, const struct key_tile *keys, char *part) {
-    const int64_t row = tile * plan->tile_rows;
+    const struct gqa_form *form = unit->form;
+    const int64_t row = tile * form->tile_rows;
     struct step step = {
-        .rows = (int)gqa_min(plan->tile_rows, unit->rows - row), .first = keys->end, .end = keys->first};
+        .rows = (int)gqa_min(form->tile_rows, unit->rows - row), .first = keys->end, .end = keys->first};
     int64_t all_lo = keys->first, all_hi = keys->end;
     for (int64_t r = row; r < row + step.rows; r++) {
         all_lo = gqa_max(all_lo, work->row_lo[r]);
@@ -137,58 +143,49 @@ static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit 
         step.first = gqa_min(step.first, work->row_lo[r]);
         step.end = gqa_max(step.end, work->row_hi[r]);
     }
-    step.first = plan->few ? keys->first : gqa_max(step.first, keys->first);
+    step.first = form->few ? keys->first : gqa_max(step.first, keys->first);
     step.end = gqa_min(step.end, keys->end);
-    step.masked = plan->mask.data || all_lo > step.first || all_hi < step.end;
+    step.masked = plan->mask.data || plan->key_positions.data || all_lo > step.first || all_hi < step.end;
     const int64_t real = (int64_t)plan->kernels->real_size;
-    step.o = part + (size_t)tile * plan->tile_bytes;
-    step.m = step.o + (int64_t)plan->o_rows * plan->o_lanes * real;
-    step.l = step.m + plan->stats * real;
+    step.o = part + (size_t)tile * form->tile_bytes;
+    step.m = step.o + (int64_t)form->o_rows * form->o_lanes * real;
+    step.l = step.m + form->stats * real;
     return step;
 }
 
 /* Bounds relative to the step's first key, as reals; lanes without a row repeat the last row's. */
-static void lay_bounds(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step) {
+static void lay_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                       const struct step *step) {
     const int64_t keys = step->end - step->first;
-    for (int64_t i = 0; i < plan->stats; i++) {
-        const int64_t r = tile * plan->tile_rows + gqa_min(i, step->rows - 1);
+    for (int64_t i = 0; i < unit->form->stats; i++) {
+        const int64_t r = tile * unit->form->tile_rows + gqa_min(i, step->rows - 1);
         gqa_put(plan->kernels, work->lo, i, (double)gqa_max(0, gqa_min(keys, work->row_lo[r] - step->first)));
         gqa_put(plan->kernels, work->hi, i, (double)gqa_max(0, gqa_min(keys, work->row_hi[r] - step->first)));
     }
-}
-
-static void lay_bias(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
-                     const struct step *step) {
-    const int64_t row = unit->first_row + tile * plan->tile_rows;
-    const int keys = (int)(step->end - step->first);
-    if (!plan->few && step->rows < plan->tile_rows)
-        memset(work->bias, 0, (size_t)(keys * plan->tile_rows) * plan->kernels->real_size);
-    gqa_mask_tile(plan, unit, row, step->rows, step->first, keys, work->bias, plan->few ? GQA_KEY_TILE : 1,
-                  plan->few ? 1 : (ptrdiff_t)plan->tile_rows);
 }
 
 /* A masked slot's weight is 0, and 0 * NaN would leak: whether it could. */
 static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
     if (step->masked && keys->state == UNKNOWN) {
         const int count = (int)(keys->end - keys->first);
-        const bool finite = plan->kernels->finite(keys->value.data, keys->value.stride, count, (int)plan->v_dim);
+        const bool finite = plan->kernels->all_finite(keys->value.data, keys->value.stride, count, (int)plan->v_dim);
         keys->state = finite ? FINITE : NOT_FINITE;
     }
     return step->masked && keys->state == NOT_FINITE;
 }
 
-static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
-                         struct key_tile *keys, const char *key, const char *value) {
+static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                         const struct step *step, struct key_tile *keys, const char *key, const char *value) {
     const struct gqa_kernels *kernels = plan->kernels;
     const int lanes = (int)gqa_round_up(step->rows, kernels->lanes), row_tile = kernels->row_tile;
     const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
-    kernels->outer(work->scores, row_tile, NULL, query_tile(plan, work, tile), row_tile, lanes, key, keys->key.stride,
-                   1, count, head_dim);
-    kernels->soften_lanes(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
-                          lanes, count, step->m, step->l, work->alpha);
+    kernels->outer(work->scores, row_tile, NULL, query_tile(plan, unit, work, tile), row_tile, lanes, key,
+                   keys->key.stride, 1, count, head_dim);
+    kernels->soften_lanes(work->scores, plan->biased ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
+                          lanes, count, plan->softcap, step->m, step->l, work->alpha);
     gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_careful : kernels->outer;
-    outer(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1, keys->value.stride,
-          (int)plan->v_dim, count);
+    outer(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1, keys->value.stride, (int)plan->v_dim,
+          count);
 }
 
 /* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
@@ -199,23 +196,23 @@ static void fetch_rows(const struct gqa_plan *plan, const char *rows, ptrdiff_t 
             __builtin_prefetch((const void *)((uintptr_t)rows + (uintptr_t)(i * stride * real + byte)), 0, 2);
 }
 
-static void attend_few(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
-                       struct key_tile *keys, const char *key, const char *value) {
+static void attend_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                       const struct step *step, struct key_tile *keys, const char *key, const char *value) {
     const struct gqa_kernels *kernels = plan->kernels;
     const int64_t real = (int64_t)kernels->real_size;
     const int count = (int)(step->end - step->first), rows = step->rows;
     const ptrdiff_t q_stride = (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes);
-    kernels->dot(work->scores, query_tile(plan, work, tile), q_stride, rows, key, keys->key.stride, count,
+    kernels->dot(work->scores, query_tile(plan, unit, work, tile), q_stride, rows, key, keys->key.stride, count,
                  (int)plan->head_dim);
     fetch_rows(plan, value, keys->value.stride, plan->v_dim);
-    kernels->soften_rows(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL,
-                         step->masked ? work->hi : NULL, rows, count, step->m, step->l, work->alpha);
+    kernels->soften_rows(work->scores, plan->biased ? work->bias : NULL, step->masked ? work->lo : NULL,
+                         step->masked ? work->hi : NULL, rows, count, plan->softcap, step->m, step->l, work->alpha);
     if (memcmp(work->alpha, work->ones, (size_t)(rows * real))) /* rare once the maximum is found */
-        kernels->blend(step->o, NULL, plan->o_lanes, rows, plan->o_lanes, work->alpha, NULL, true);
+        kernels->blend(step->o, NULL, unit->form->o_lanes, rows, unit->form->o_lanes, work->alpha, NULL, true);
     fetch_rows(plan, key + count * keys->key.stride * real, keys->key.stride, plan->head_dim);
     gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_few_careful : kernels->outer_few;
-    outer(step->o, plan->o_lanes, work->ones, value, keys->value.stride, (int)plan->v_dim, work->scores, GQA_KEY_TILE,
-          1, rows, count);
+    outer(step->o, unit->form->o_lanes, work->ones, value, keys->value.stride, (int)plan->v_dim, work->scores,
+          GQA_KEY_TILE, 1, rows, count);
 }
 
 static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
@@ -223,24 +220,26 @@ static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, str
     const int64_t skipped = (step->first - keys->first) * (int64_t)plan->kernels->real_size;
     const char *key = keys->key.data + skipped * keys->key.stride;
     const char *value = keys->value.data + skipped * keys->value.stride;
-    if (step->masked) lay_bounds(plan, work, tile, step);
-    if (plan->mask.data) lay_bias(plan, unit, work, tile, step);
-    (plan->few ? attend_few : attend_lanes)(plan, work, tile, step, keys, key, value);
+    if (step->masked) lay_bounds(plan, unit, work, tile, step);
+    if (plan->biased)
+        gqa_bias_tile(plan, unit, work, unit->first_row + tile * unit->form->tile_rows, step->rows, step->first,
+                      (int)(step->end - step->first));
+    (unit->form->few ? attend_few : attend_lanes)(plan, unit, work, tile, step, keys, key, value);
 }
 
-static void clear(const struct gqa_plan *plan, char *part, int64_t tiles) {
-    memset(part, 0, (size_t)tiles * plan->tile_bytes);
+static void clear(const struct gqa_plan *plan, const struct gqa_form *form, char *part, int64_t tiles) {
+    memset(part, 0, (size_t)tiles * form->tile_bytes);
     for (int64_t tile = 0; tile < tiles; tile++) {
-        char *o = part + (size_t)tile * plan->tile_bytes;
-        for (int64_t i = 0; i < plan->stats; i++)
-            gqa_put(plan->kernels, o, (int64_t)plan->o_rows * plan->o_lanes + i, -INFINITY);
+        char *o = part + (size_t)tile * form->tile_bytes;
+        for (int64_t i = 0; i < form->stats; i++)
+            gqa_put(plan->kernels, o, (int64_t)form->o_rows * form->o_lanes + i, -INFINITY);
     }
 }
 
 void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                    int64_t first, int64_t end, struct gqa_job *job) {
-    const int64_t tiles = gqa_ceil_div(unit->rows, plan->tile_rows);
-    clear(plan, part, tiles);
+    const int64_t tiles = gqa_ceil_div(unit->rows, unit->form->tile_rows);
+    clear(plan, unit->form, part, tiles);
     while (first < end) {
         const int64_t next = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE;
         struct key_tile keys = {.first = first, .end = gqa_min(next, end)};

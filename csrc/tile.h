@@ -7,16 +7,16 @@
 #include "pool.h"
 #include "view.h"
 
-struct gqa_fold;
-
 /* Scratch of one thread.  Every buffer begins at a multiple of 64 bytes and holds reals unless it says otherwise. */
 struct gqa_work {
-    char *query;              /* unit_tiles x (head_dim, row_tile), or (tile_rows, head_dim padded) when few; scaled */
+    char *query;              /* unit_tiles x (head_dim, row_tile), or (rows, head_dim padded) when few; scaled */
     char *scores;             /* (GQA_KEY_TILE, row_tile), or (tile_rows, GQA_KEY_TILE) */
     char *bias;               /* the same shape */
     char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): rows that do not lie plainly */
     char *row;                /* one row of anything */
     char *lo, *hi, *alpha;    /* (stats,) */
+    char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first key's */
+    char *key_at;             /* (GQA_KEY_TILE,) the same of keys */
     char *ones;               /* (stats or o_lanes,), all 1 */
     int64_t *row_lo, *row_hi; /* (unit_tiles * tile_rows,) live keys of each row of the unit */
     char **parts;             /* levels buffers of part_bytes; see merge.h */

@@ -1,12 +1,12 @@
-/* avx2_f64.c: the kernels in AVX2 and FMA. */
+/* avx2_f64.c: the kernels in AVX2, FMA and F16C. */
 #if defined(__x86_64__)
 
 #include "../simd/x86_intrinsics.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "../simd/avx2_f64.h"
 

@@ -45,3 +45,5 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
     __m256d low = _mm256_permute2f128_pd(ab, cd, 0x20), high = _mm256_permute2f128_pd(ab, cd, 0x31);
     _mm256_storeu_pd(p, _mm256_add_pd(low, high));
 }
+
+#include "halves_by_one.h"

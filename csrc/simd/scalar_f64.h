@@ -47,3 +47,5 @@ static inline vec vpow2(vec n) { /* n integral, -1023 (giving 0) to 1023; NaN ma
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
     p[0] = a, p[1] = b, p[2] = c, p[3] = d;
 }
+
+#include "halves_by_one.h"

@@ -201,12 +201,12 @@ static void test_finite_of(int n, int width, enum kind kind) {
     void *x = drawn((n - 1) * stride + width, kind);
     for (int i = 0; i < n - 1; i++)
         for (ptrdiff_t gap = width; gap < stride; gap++) put(x, i * stride + gap, NAN); /* nobody's business */
-    if (!kernels->finite(x, stride, n, width)) snprintf(bad, sizeof bad, "finite values were not");
+    if (!kernels->all_finite(x, stride, n, width)) snprintf(bad, sizeof bad, "finite values were not");
     const ptrdiff_t at = (ptrdiff_t)(chance() * n) * stride + (ptrdiff_t)(chance() * width);
     const double poisons[] = {NAN, INFINITY, -INFINITY};
     for (int i = 0; i < 3; i++) {
         put(x, at, poisons[i]);
-        if (kernels->finite(x, stride, n, width)) snprintf(bad, sizeof bad, "%g at %td was missed", poisons[i], at);
+        if (kernels->all_finite(x, stride, n, width)) snprintf(bad, sizeof bad, "%g at %td was missed", poisons[i], at);
     }
     judge("finite", n, width, (int)kind, 0);
     free(x);

@@ -1,0 +1,75 @@
+/* bias.c: masks, ALiBi and explicit key positions become one bias tile.
+ *
+ * Element (row, key) lies where its score will lie: (rows, keys) when rows are few, else (keys,
+ * rows).  Called by tile.c for every tile that such a rule touches. */
+#include "bias.h"
+
+#include <math.h>
+#include <string.h>
+
+struct strides {
+    ptrdiff_t row, key; /* reals */
+};
+
+static struct strides strides_of(const struct gqa_unit *unit) {
+    return unit->form->few ? (struct strides){GQA_KEY_TILE, 1} : (struct strides){1, (ptrdiff_t)unit->form->tile_rows};
+}
+
+static void add_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first_row,
+                     int rows, int64_t first_key, int keys) {
+    const struct gqa_operand *mask = &plan->mask;
+    const struct strides strides = strides_of(unit);
+    const char *at = gqa_operand_at(plan, mask, unit->sequence, unit->kv_head * plan->group);
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = first_row + r, query = row / plan->group, head = row % plan->group;
+        const char *from = at + head * mask->head + query * mask->row + first_key * mask->column;
+        plan->kernels->load(work->bias + r * strides.row * (int64_t)plan->kernels->real_size, strides.key, from,
+                            mask->column, mask->dtype, mask->swapped, keys);
+    }
+}
+
+/* Distances are taken from the first key, so that they are exact in float up to 2^24. */
+static void add_alibi(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                      int64_t first_row, int rows, int64_t first_key, int keys) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const struct gqa_operand *slopes = &plan->slopes;
+    const int64_t origin = gqa_key_position(plan, unit, first_key), real = (int64_t)kernels->real_size;
+    const char *at = gqa_operand_at(plan, slopes, unit->sequence, 0);
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = first_row + r, head = unit->kv_head * plan->group + row % plan->group;
+        kernels->load(work->slope + r * real, 1, at + head * slopes->column, 0, slopes->dtype, slopes->swapped, 1);
+        gqa_put(kernels, work->row_at, r, (double)(gqa_query_position(plan, unit, row / plan->group) - origin));
+    }
+    for (int j = 0; j < keys; j++)
+        gqa_put(kernels, work->key_at, j, (double)(gqa_key_position(plan, unit, first_key + j) - origin));
+    if (unit->form->few)
+        kernels->tilt(work->bias, GQA_KEY_TILE, rows, (int)gqa_round_up(keys, kernels->lanes), work->slope,
+                      work->row_at, work->key_at, true);
+    else
+        kernels->tilt(work->bias, (ptrdiff_t)unit->form->tile_rows, keys, (int)gqa_round_up(rows, kernels->lanes),
+                      work->slope, work->row_at, work->key_at, false);
+}
+
+/* Explicit key positions may be in any order, so causal and window cannot be bounds. */
+static void drop_by_position(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                             int64_t first_row, int rows, int64_t first_key, int keys) {
+    const struct strides strides = strides_of(unit);
+    for (int j = 0; j < keys; j++) {
+        const int64_t key_at = gqa_key_position(plan, unit, first_key + j);
+        for (int r = 0; r < rows; r++) {
+            const int64_t row_at = gqa_query_position(plan, unit, (first_row + r) / plan->group);
+            if (key_at < 0 || key_at > row_at + plan->right || key_at < row_at - plan->left)
+                gqa_put(plan->kernels, work->bias, r * strides.row + j * strides.key, -INFINITY);
+        }
+    }
+}
+
+void gqa_bias_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first_row,
+                   int rows, int64_t first_key, int keys) {
+    const int64_t cells = unit->form->few ? (int64_t)rows * GQA_KEY_TILE : keys * unit->form->tile_rows;
+    if (!plan->mask.data || rows < unit->form->tile_rows)
+        memset(work->bias, 0, (size_t)cells * plan->kernels->real_size); /* lanes without a row, too */
+    if (plan->mask.data) add_mask(plan, unit, work, first_row, rows, first_key, keys);
+    if (plan->slopes.data) add_alibi(plan, unit, work, first_row, rows, first_key, keys);
+    if (plan->key_positions.data) drop_by_position(plan, unit, work, first_row, rows, first_key, keys);
+}

@@ -1,0 +1,147 @@
+/* check.c: says yes or no to an attention problem; who wants to know why asks Python.
+ * gqa_attention_shape is called by module.c and plan.c. */
+#include "check.h"
+
+#include <math.h>
+#include <string.h>
+
+static bool is_half_or_float(enum gqa_dtype dtype) {
+    return dtype == GQA_FLOAT16 || dtype == GQA_BFLOAT16 || dtype == GQA_FLOAT32;
+}
+
+/* float64 goes only with float64; the others in any mix. */
+static bool types_fit(const struct gqa_attention *problem) {
+    const enum gqa_dtype query = problem->query.dtype, key = problem->key.dtype, value = problem->value.dtype;
+    if (query == GQA_FLOAT64) return key == GQA_FLOAT64 && value == GQA_FLOAT64;
+    return is_half_or_float(query) && is_half_or_float(key) && is_half_or_float(value);
+}
+
+static bool heads_fit(const struct gqa_attention *problem) {
+    const int64_t q_heads = gqa_dim(&problem->query, 3), kv_heads = gqa_dim(&problem->key, 3);
+    if (kv_heads != gqa_dim(&problem->value, 3)) return false;
+    if (kv_heads == 0 || !problem->grouped) return q_heads == kv_heads;
+    return q_heads % kv_heads == 0;
+}
+
+static bool matrices_fit(const struct gqa_attention *problem) {
+    const struct gqa_array *query = &problem->query, *key = &problem->key, *value = &problem->value;
+    if (query->ndim < 2 || key->ndim < 2 || value->ndim < 2) return false;
+    return gqa_dim(query, 1) == gqa_dim(key, 1) && gqa_dim(query, 1) > 0 && gqa_dim(key, 2) == gqa_dim(value, 2);
+}
+
+/* Widens *size to take in one more operand's size, as NumPy broadcasts. */
+static bool broadcast(int64_t *size, int64_t other) {
+    if (*size == 1) *size = other;
+    return other == 1 || other == *size;
+}
+
+/* Whether array broadcasts to shape without widening it. */
+static bool spreads_to(const struct gqa_array *array, int ndim, const int64_t *shape) {
+    if (!array->data) return true;
+    if (array->ndim > ndim) return false;
+    for (int back = 1; back <= array->ndim; back++) {
+        const int64_t size = gqa_dim(array, back);
+        if (size != 1 && size != shape[ndim - back]) return false;
+    }
+    return true;
+}
+
+/* The same, to the leading dimensions of shape and then the given ones. */
+static bool spreads_over(const struct gqa_array *array, int ndim, const int64_t *shape, int trailing,
+                         const int64_t *sizes) {
+    int64_t wanted[GQA_MAX_DIMS];
+    const int leading = ndim > 3 ? ndim - 3 : 0;
+    if (leading + trailing > GQA_MAX_DIMS) return !array->data;
+    memcpy(wanted, shape, (size_t)leading * sizeof *wanted);
+    if (trailing) memcpy(wanted + leading, sizes, (size_t)trailing * sizeof *wanted);
+    return spreads_to(array, leading + trailing, wanted);
+}
+
+/* Every element of an int64 array of any strides is in 0..most. */
+static bool all_within(const struct gqa_array *array, int64_t most) {
+    int64_t count = array->data ? 1 : 0;
+    for (int d = 0; d < array->ndim && count; d++) count *= array->shape[d];
+    for (int64_t i = 0; i < count; i++) {
+        const char *at = array->data;
+        int64_t rest = i, x;
+        for (int d = array->ndim - 1; d >= 0; d--) {
+            at += rest % array->shape[d] * array->strides[d];
+            rest /= array->shape[d];
+        }
+        memcpy(&x, at, sizeof x);
+        if (x < 0 || x > most) return false;
+    }
+    return true;
+}
+
+static bool is_integer(const struct gqa_array *array) {
+    return !array->data || (array->dtype == GQA_INT64 && !array->swapped);
+}
+
+static bool lengths_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
+    const struct gqa_array *query = &problem->query_lengths, *kv = &problem->kv_lengths;
+    return is_integer(query) && is_integer(kv) && spreads_over(query, ndim, shape, 0, NULL) &&
+           spreads_over(kv, ndim, shape, 0, NULL) && all_within(query, gqa_dim(&problem->query, 2)) &&
+           all_within(kv, gqa_dim(&problem->key, 2));
+}
+
+static bool positions_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
+    const struct gqa_array *query = &problem->query_positions, *key = &problem->key_positions;
+    const int64_t seq_q = gqa_dim(&problem->query, 2), seq_k = gqa_dim(&problem->key, 2);
+    return is_integer(query) && is_integer(key) && spreads_over(query, ndim, shape, 1, &seq_q) &&
+           spreads_over(key, ndim, shape, 1, &seq_k);
+}
+
+static bool numbers_fit(const struct gqa_attention *problem) {
+    if (problem->has_scale && !isfinite(problem->scale)) return false;
+    if (!(problem->softcap >= 0) || !isfinite(problem->softcap)) return false;
+    return problem->left >= GQA_OPEN && problem->right >= GQA_OPEN;
+}
+
+static bool is_float(const struct gqa_array *array) {
+    return !array->data || is_half_or_float(array->dtype) || array->dtype == GQA_FLOAT64;
+}
+
+static bool rules_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
+    const struct gqa_array *mask = &problem->mask;
+    const int64_t heads = gqa_dim(&problem->query, 3), seq_k = gqa_dim(&problem->key, 2);
+    int64_t scores[GQA_MAX_DIMS];
+    memcpy(scores, shape, (size_t)ndim * sizeof *scores);
+    scores[ndim - 1] = seq_k;
+    return numbers_fit(problem) && (mask->dtype == GQA_BOOL || is_float(mask)) && spreads_to(mask, ndim, scores) &&
+           is_float(&problem->alibi_slopes) && spreads_over(&problem->alibi_slopes, ndim, shape, 1, &heads) &&
+           is_float(&problem->sinks) && spreads_to(&problem->sinks, 1, &heads) && lengths_fit(problem, ndim, shape) &&
+           positions_fit(problem, ndim, shape);
+}
+
+static int larger(int a, int b) { return a > b ? a : b; }
+
+enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim, int64_t shape[GQA_MAX_DIMS]) {
+    const struct gqa_array *query = &problem->query, *key = &problem->key, *value = &problem->value;
+    if (!types_fit(problem) || !matrices_fit(problem) || !heads_fit(problem)) return GQA_BAD_ARGUMENT;
+    *ndim = larger(query->ndim, larger(key->ndim, value->ndim));
+    for (int back = *ndim; back > 3; back--) {
+        int64_t *size = &shape[*ndim - back];
+        *size = gqa_dim(query, back);
+        if (!broadcast(size, gqa_dim(key, back)) || !broadcast(size, gqa_dim(value, back))) return GQA_BAD_ARGUMENT;
+    }
+    if (*ndim >= 3) shape[*ndim - 3] = gqa_dim(query, 3);
+    shape[*ndim - 2] = gqa_dim(query, 2);
+    shape[*ndim - 1] = gqa_dim(value, 1);
+    return rules_fit(problem, *ndim, shape) ? GQA_OK : GQA_BAD_ARGUMENT;
+}
+
+static bool same_shape(const struct gqa_array *array, int ndim, const int64_t *shape) {
+    if (array->ndim != ndim) return false;
+    for (int i = 0; i < ndim; i++)
+        if (array->shape[i] != shape[i]) return false;
+    return true;
+}
+
+bool gqa_outputs_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
+    const enum gqa_dtype dtype = problem->query.dtype;
+    if (problem->out.dtype != dtype || !same_shape(&problem->out, ndim, shape)) return false;
+    if (!problem->lse.data) return true;
+    return problem->lse.dtype == (dtype == GQA_FLOAT64 ? GQA_FLOAT64 : GQA_FLOAT32) &&
+           same_shape(&problem->lse, ndim - 1, shape);
+}
