@@ -63,6 +63,7 @@ static bool to_dtype(const struct state *state, int number, enum gqa_dtype *dtyp
     case NPY_DOUBLE: *dtype = GQA_FLOAT64; return true;
     case NPY_HALF: *dtype = GQA_FLOAT16; return true;
     case NPY_BOOL: *dtype = GQA_BOOL; return true;
+    case NPY_INT64: *dtype = GQA_INT64; return true;
     default: *dtype = GQA_BFLOAT16; return number == state->bfloat16;
     }
 }
@@ -82,6 +83,7 @@ static bool to_array(const struct state *state, PyObject *object, struct gqa_arr
 
 static bool to_optional_array(const struct state *state, PyObject *object, struct gqa_array *array) {
     array->data = NULL;
+    array->ndim = 0;
     return object == Py_None || to_array(state, object, array);
 }
 
@@ -105,6 +107,14 @@ static bool to_optional_double(PyObject *object, double *number, bool *given) {
     *given = object != Py_None;
     *number = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : 0;
     return !*given || PyFloat_Check(object);
+}
+
+/* One side of a window. */
+static bool to_side(PyObject *object, int64_t *side) {
+    int overflow = 0;
+    long long wide = PyLong_Check(object) ? PyLong_AsLongLongAndOverflow(object, &overflow) : 0;
+    *side = object == Py_None ? GQA_OPEN : (int64_t)wide;
+    return object == Py_None || (PyLong_Check(object) && !overflow && wide >= 0);
 }
 
 /* The items of a C-contiguous (rows, columns) array of one native type. */
@@ -171,7 +181,27 @@ static enum gqa_status take_gil(struct released *gil, enum gqa_status status) {
 
 /* ---- attention ---- */
 
-enum { QUERY, KEY, VALUE, MASK, CAUSAL, ALIGNMENT, SCALE, GROUPED, OUT, WANT_LSE, ATTENTION_ARGS };
+enum { LEFT, RIGHT, SOFTCAP, SLOPES, SINKS, QUERY_LENGTHS, KV_LENGTHS, QUERY_POSITIONS, KEY_POSITIONS, RULES };
+
+static bool to_rules(const struct state *state, PyObject *object, struct gqa_attention *problem) {
+    PyObject *const none[RULES] = {Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None};
+    PyObject *const *rules = none;
+    bool has_softcap;
+    if (object != Py_None) {
+        if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != RULES) return false;
+        rules = PySequence_Fast_ITEMS(object);
+    }
+    return to_side(rules[LEFT], &problem->left) && to_side(rules[RIGHT], &problem->right) &&
+           to_optional_double(rules[SOFTCAP], &problem->softcap, &has_softcap) &&
+           to_optional_array(state, rules[SLOPES], &problem->alibi_slopes) &&
+           to_optional_array(state, rules[SINKS], &problem->sinks) &&
+           to_optional_array(state, rules[QUERY_LENGTHS], &problem->query_lengths) &&
+           to_optional_array(state, rules[KV_LENGTHS], &problem->kv_lengths) &&
+           to_optional_array(state, rules[QUERY_POSITIONS], &problem->query_positions) &&
+           to_optional_array(state, rules[KEY_POSITIONS], &problem->key_positions);
+}
+
+enum { QUERY, KEY, VALUE, MASK, CAUSAL, ALIGNMENT, SCALE, GROUPED, SCORE_RULES, OUT, WANT_LSE, ATTENTION_ARGS };
 
 static bool to_attention(const struct state *state, PyObject *const *args, struct gqa_attention *problem) {
     int alignment;
@@ -181,7 +211,8 @@ static bool to_attention(const struct state *state, PyObject *const *args, struc
     return to_array(state, args[QUERY], &problem->query) && to_array(state, args[KEY], &problem->key) &&
            to_array(state, args[VALUE], &problem->value) && to_optional_array(state, args[MASK], &problem->mask) &&
            to_bool(args[CAUSAL], &problem->causal) && to_bool(args[GROUPED], &problem->grouped) &&
-           to_optional_double(args[SCALE], &problem->scale, &problem->has_scale);
+           to_optional_double(args[SCALE], &problem->scale, &problem->has_scale) &&
+           to_rules(state, args[SCORE_RULES], problem);
 }
 
 /* Describes the caller's out or a new one, and a new lse if wanted.  New references in *out, *lse. */

@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ._explain import ATTENTION, Array, fail, heads, kind
+from ._messages import ATTENTION, Array, fail, heads, kind
 
+SLOTS = ("query", "key", "value", "attn_mask")  # arrays whose rows attn_mask can drop
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
-def as_array(call: str, name: str, thing: Any) -> Array:
-    """An exact ndarray over the same memory where there is one (lists are copied)."""
-    wanted, fix = "an array of floating-point numbers was wanted", f"pass np.asarray({name}, np.float32)"
+def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers") -> Array:
+    """An exact ndarray over the same memory where there is one (lists are copied); ``of`` is for messages."""
+    wanted = f"an array of {of} was wanted"
+    fix = f"pass np.asarray({name}, {'np.int64' if of == 'integers' else 'np.float32'})"
     if isinstance(thing, np.ma.MaskedArray):
-        fix = f"pass {name}.filled(...) and the masked slots in attn_mask"
+        fix = f"pass {name}.filled(...)" + (" and the masked slots in attn_mask" if name in SLOTS else "")
         fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", fix)
     if thing is None or isinstance(thing, (bool, str, bytes)):
         fail(TypeError, call, f"{name} is {kind(thing)}", wanted, f"pass an array as {name}")
@@ -132,15 +134,13 @@ def check_dropout(thing: Any) -> None:
         refuse_keyword("dropout_p", thing, "0.0")
 
 
-def refuse_rules(dropout_p: Any, return_weights: Any, **rules: Any) -> None:
+def refuse_missing(dropout_p: Any, return_weights: Any, rng: Any) -> None:
     """What the contract has and this version does not: any that is switched on raises and is named."""
     check_dropout(dropout_p)
     if as_flag(ATTENTION, "return_weights", return_weights):
         refuse_keyword("return_weights", True, "False")
-    for name, setting in rules.items():
-        zero = name == "softcap" and np.ndim(setting) == 0 and setting == 0
-        if setting is not None and not zero:
-            refuse_keyword(name, setting, "None")
+    if rng is not None:
+        refuse_keyword("rng", rng, "None")
 
 
 def refuse_keyword(name: str, setting: Any, off: str) -> None:

@@ -3,6 +3,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ._rules import Rules
+
 def attention(
     query: NDArray[Any],
     key: NDArray[Any],
@@ -12,6 +14,7 @@ def attention(
     lower_right: bool,
     scale: float | None,
     enable_gqa: bool,
+    rules: Rules | None,
     out: NDArray[Any] | None,
     return_lse: bool,
     /,

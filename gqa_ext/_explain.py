@@ -2,40 +2,17 @@
 
 C answers a bad argument with a status and no text.  The binding then calls the function of the same
 name here with the same arguments, and it raises.  Nothing here runs for a call that succeeds, so
-clarity is all that counts.  A message has five parts: the call, the argument, what came, what was
-wanted, and the fix.  The checks that Python makes itself (_arguments.py) raise through :func:`fail` too.
+clarity is all that counts.  The checks that Python makes itself (_arguments.py and
+_rules.py) raise in the same way.
 """
 
 import math
 from typing import Any, NoReturn
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _core
-
-Array = NDArray[Any]
-
-ATTENTION = "scaled_dot_product_attention"
-LATER = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-def fail(error: type[Exception], call: str, came: str, wanted: str, fix: str = "") -> NoReturn:
-    """Raise ``error`` with the five parts of a message; ``came`` opens with the argument's name."""
-    raise error(f"{call}(): {came}; {wanted}" + (f": {fix}" if fix else ""))
-
-
-def shapes(**arrays: Array | None) -> str:
-    """``query (2, 8, 5, 64), key (2, 2, 5, 64)``."""
-    return ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if array is not None)
-
-
-def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype, whatever byte order its arrays have."""
-    return dtype if dtype.isnative else dtype.newbyteorder("=")
-
+from ._messages import ANY_FLOAT, ATTENTION, FLOATS, Array, brief, count, fail, fits, heads, kind, native, shapes
 
 # ---- attention ----
 
@@ -49,6 +26,7 @@ def attention(
     alignment: Any,
     scale: Any,
     enable_gqa: Any,
+    rules: Any,
     out: Any,
     return_lse: Any,
 ) -> NoReturn:
@@ -67,10 +45,12 @@ def attention(
         check_mask(attn_mask, (*shape[:-1], key.shape[-2]))
     if scale is not None:
         check_scale(scale)
+    if rules is not None:
+        check_rules(rules, query, key, shape)
     if out is not None:
         check_out(out, shape, query)
     arrays = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "out": out}
-    flags = f"{is_causal=}, {alignment=}, {scale=}, {enable_gqa=}, {return_lse=}"
+    flags = f"{is_causal=}, {alignment=}, {scale=}, {enable_gqa=}, {rules=}, {return_lse=}"
     came = ", ".join(f"{name} is {brief(array)}" for name, array in arrays.items())
     fail(ValueError, ATTENTION, f"{came}; {flags}", "C refuses this and no check here says why", "please report it")
 
@@ -81,44 +61,25 @@ def check_array(call: str, name: str, array: Any) -> None:
         fail(TypeError, call, f"{name} is {kind(array)}", "an ndarray was wanted", f"pass np.asarray({name})")
 
 
-def kind(thing: Any) -> str:
-    """``None``, ``0.5, a float``, ``a list``, ``a torch.Tensor``."""
-    if thing is None or isinstance(thing, (bool, np.bool_, type)):
-        return repr(thing)
-    cls = type(thing)
-    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    name = ("an " if name[0] in "aeiou" else "a ") + name
-    return f"{thing!r:.40}, {name}" if isinstance(thing, (int, float, complex, str, bytes)) else name
-
-
 def check_dtype(name: str, array: Array) -> None:
-    """float32 and float64 are computed; the half types are the next step; the others never."""
+    """One of the four float dtypes."""
     dtype = native(array.dtype)
-    if dtype in COMPUTED:
+    if dtype in FLOATS:
         return
-    if dtype in LATER:
-        fail(
-            NotImplementedError,
-            ATTENTION,
-            f"{name} has dtype {dtype}, which is not implemented yet",
-            "float32 or float64 was wanted",
-            f"pass {name}.astype(np.float32)",
-        )
-    wanted = "float32 or float64 was wanted"
     if dtype.kind == "c":
         fix = f"attention of complex numbers is not defined; pass {name}.real or {name}.imag"
     elif dtype.kind in "?biuf":
         fix = f"pass {name}.astype(np.float32)"
     else:
         fix = "pass an array of floating-point numbers"
-    fail(TypeError, ATTENTION, f"{name} has dtype {dtype}", wanted, fix)
+    fail(TypeError, ATTENTION, f"{name} has dtype {dtype}", f"{ANY_FLOAT} was wanted", fix)
 
 
 def check_same_precision(query: Array, key: Array, value: Array) -> None:
-    """float64 goes only with float64."""
+    """float64 goes only with float64, the others in any mix."""
     types = {name: native(a.dtype) for name, a in (("query", query), ("key", key), ("value", value))}
-    if len(set(types.values())) > 1:
-        odd = [name for name, dtype in types.items() if dtype != np.float64]
+    odd = [name for name, dtype in types.items() if dtype != np.float64]
+    if 0 < len(odd) < 3:
         came = ", ".join(f"{name} is {dtype}" for name, dtype in types.items())
         fix = f"pass {odd[0]}.astype(np.float64), or all three as float32"
         fail(TypeError, ATTENTION, came, "float64 goes only with float64", fix)
@@ -130,11 +91,6 @@ def check_rank(name: str, array: Array) -> None:
         fix = f"pass {name}[None, :] for a single row" if array.ndim else "pass an array of rows"
         wanted = f"at least the dimensions (sequence, head_dim) were wanted ({shapes(**{name: array})})"
         fail(ValueError, ATTENTION, f"{name} has {count(array.ndim, 'dimension')}", wanted, fix)
-
-
-def count(number: int, noun: str) -> str:
-    """``1 head``, ``2 heads``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def check_head_dim(query: Array, key: Array, value: Array) -> None:
@@ -159,11 +115,6 @@ def check_sequence(query: Array, key: Array, value: Array) -> None:
         wanted = f"each key needs its value ({shapes(key=key, value=value)})"
         fix = f"pass the same {min(k_len, v_len)} positions of both, as (..., sequence, head_dim)"
         fail(ValueError, ATTENTION, f"value has {count(v_len, 'row')} but key has {k_len}", wanted, fix)
-
-
-def heads(array: Array) -> int:
-    """Two dimensions mean one head."""
-    return array.shape[-3] if array.ndim > 2 else 1
 
 
 def check_heads(query: Array, key: Array, value: Array, enable_gqa: bool) -> None:
@@ -197,23 +148,15 @@ def output_shape(query: Array, key: Array, value: Array) -> tuple[int, ...]:
     return (*leading, *inner, query.shape[-2], value.shape[-1])
 
 
-def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether ``shape`` broadcasts to ``target`` without widening it."""
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False
-
-
 def check_mask(mask: Any, target: tuple[int, ...]) -> None:
     """bool or float, broadcasting to (..., Hq, Sq, Sk)."""
     check_array(ATTENTION, "attn_mask", mask)
     dtype = native(mask.dtype)
-    if dtype != np.bool_ and dtype not in COMPUTED and dtype not in LATER:
+    if dtype != np.bool_ and dtype not in FLOATS:
         fix = "pass attn_mask.astype(bool), True where a key may be seen"
         if dtype.kind not in "iu":
             fix = "pass bool (True where a key may be seen) or float32 (added to the scores)"
-        wanted = "bool, float16, bfloat16, float32 or float64 was wanted"
+        wanted = f"bool, {ANY_FLOAT} was wanted"
         fail(TypeError, ATTENTION, f"attn_mask has dtype {dtype}", wanted, fix)
     if not fits(mask.shape, target):
         wanted = f"it must broadcast to (..., query heads, query rows, key rows) {target} and not widen it"
@@ -240,6 +183,45 @@ def check_scale(scale: Any) -> None:
         fail(ValueError, ATTENTION, f"scale is {scale!r}", wanted, "leave it out or pass a finite one")
 
 
+def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) -> None:
+    """The arrays that _rules.py made, against the shapes of the others; ``shape`` is the output's."""
+    *_, slopes, _, query_lengths, kv_lengths, query_positions, key_positions = rules
+    leading, seq_q, seq_k = shape[:-3], shape[-2], key.shape[-2]
+    where = f"({shapes(query=query, key=key)})"
+    if slopes is not None:
+        wanted = f"(query heads,) or (..., query heads) was wanted {where}"
+        fix = f"pass gqa_ext.get_alibi_slopes({heads(query)}), or one slope for each query head"
+        check_spread("alibi_slopes", slopes, (*leading, heads(query)), wanted, fix)
+    for name, lengths, rows, most in (
+        ("query_lengths", query_lengths, "query rows", seq_q),
+        ("kv_lengths", kv_lengths, "key rows", seq_k),
+    ):
+        if lengths is not None:
+            check_lengths(name, lengths, leading, rows, most, where)
+    for name, positions, seq in (("query_positions", query_positions, seq_q), ("key_positions", key_positions, seq_k)):
+        if positions is not None:
+            wanted = f"one position for each row was wanted, broadcasting to {(*leading, seq)} {where}"
+            check_spread(name, positions, (*leading, seq), wanted, f"pass {seq} positions, or {(*leading, seq)}")
+
+
+def check_spread(name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str) -> None:
+    """Broadcasts to the target without widening it."""
+    if not fits(array.shape, target):
+        fail(ValueError, ATTENTION, f"{name} has shape {array.shape}", wanted, fix)
+
+
+def check_lengths(name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str) -> None:
+    """One for each sequence, and none longer than the array."""
+    wanted = f"one length for each sequence was wanted, broadcasting to {leading} {where}"
+    check_spread(name, lengths, leading, wanted, f"pass shape {leading}" if leading else "pass one int")
+    bad = np.argwhere((lengths < 0) | (lengths > most))
+    if len(bad):
+        at = f"[{', '.join(map(str, bad[0]))}]" if lengths.ndim else ""
+        came = f"{name}{at} is {lengths[tuple(bad[0])]}"
+        wanted = f"from 0 to the number of {rows}, {most}, was wanted {where}"
+        fail(ValueError, ATTENTION, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
+
+
 def check_out(out: Any, shape: tuple[int, ...], query: Array) -> None:
     """Exactly the result's shape and dtype, and writable."""
     dtype = native(query.dtype)
@@ -264,11 +246,6 @@ def pool_heads(weight: Any, out: Any, axis: Any, num_heads: Any, members: Any, w
         f"int64 and weights float64 of the same shape or None, not {brief(members)} and {brief(weights)}"
     )
     fail(ValueError, "pool_heads", came, wanted, "call gqa_ext.convert.pool_heads")
-
-
-def brief(thing: Any) -> str:
-    """Dtype and shape of an array, else what kind of thing it is."""
-    return f"{thing.dtype} {thing.shape}" if isinstance(thing, np.ndarray) else kind(thing)
 
 
 def isa_use(name: Any) -> None:

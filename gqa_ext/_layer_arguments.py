@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._arguments import as_array, as_dtype, as_int, as_real
-from ._explain import COMPUTED, LATER, Array, fail, kind, native, shapes
+from ._messages import COMPUTED, HALVES, Array, fail, kind, native, shapes
 
 # ---- the constructor ----
 
@@ -67,7 +67,7 @@ def as_layer_dtype(call: str, dtype: Any) -> np.dtype[Any]:
     """float32 or float64, in native byte order."""
     number = native(as_dtype(call, "dtype", dtype))
     wanted, fix = "float32 or float64 was wanted", "pass dtype='float32'"
-    if number in LATER:
+    if number in HALVES:
         fail(NotImplementedError, call, f"dtype is {number}, which is not implemented yet", wanted, fix)
     if number not in COMPUTED:
         fail(TypeError, call, f"dtype is {number}", wanted, fix)
@@ -134,7 +134,7 @@ def as_head_mask(call: str, thing: Any, num_heads: int, dtype: np.dtype[Any]) ->
     """(num_heads,) of the layer's dtype."""
     array = as_array(call, "head_mask", thing)
     fix = f"pass {num_heads} factors, 1 to keep a head and 0 to switch it off"
-    if array.dtype.kind not in "biuf" and native(array.dtype) not in LATER:
+    if array.dtype.kind not in "biuf" and native(array.dtype) not in HALVES:
         fail(TypeError, call, f"head_mask has dtype {array.dtype}", "real numbers were wanted", fix)
     if array.shape != (num_heads,):
         fail(ValueError, call, f"head_mask has shape {array.shape}", f"(num_heads,) = ({num_heads},) was wanted", fix)

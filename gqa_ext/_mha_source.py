@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._arguments import as_int
-from ._explain import Array, fail, kind
+from ._messages import Array, fail, kind
 from ._state import PROJECTIONS, STACKED, State, as_state, listed, translate
 
 CALL = "GroupedQueryAttention.from_mha"

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from ._arguments import as_flag
-from ._explain import Array
+from ._messages import Array
 from ._state import PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
 
 

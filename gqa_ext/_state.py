@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ._explain import Array, fail, kind, native
+from ._messages import Array, fail, kind, native
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 STACKED = PROJECTIONS[:3]

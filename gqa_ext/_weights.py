@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from ._explain import Array
+from ._messages import Array
 
 
 def attention_weights(query: Array, key: Array, attn_mask: Array | None, is_causal: bool, scale: float | None) -> Array:

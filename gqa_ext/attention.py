@@ -14,18 +14,19 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _core, _explain
 from ._docs import shared_docs
-from ._explain import Array, native
+from ._messages import Array, native
+from ._rules import Rules, as_rules
 
-# query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa
-Problem: TypeAlias = tuple[Array, Array, Array, Array | None, bool, bool, float | None, bool]
+# query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules
+Problem: TypeAlias = tuple[Array, Array, Array, Array | None, bool, bool, float | None, bool, Rules | None]
 
 
 @shared_docs
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = True, *,
-    causal_alignment: str | None = None, window: Any = None, softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    causal_alignment: str | None = None, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None, kv_lengths: ArrayLike | None = None,
     query_positions: ArrayLike | None = None, key_positions: ArrayLike | None = None,
     return_lse: bool = False, return_weights: bool = False, rng: Any = None, out: Array | None = None,
@@ -66,24 +67,25 @@ def scaled_dot_product_attention(
     if not (type(is_causal) is type(enable_gqa) is type(return_lse) is bool):
         is_causal, enable_gqa, return_lse = _arguments.as_flags(
             is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)  # fmt: skip
-    if not (window is softcap is alibi_slopes is sinks is query_lengths is kv_lengths is query_positions
-            is key_positions is rng is None and type(dropout_p) is float and dropout_p == 0.0
-            and return_weights is False):  # fmt: skip
-        _arguments.refuse_rules(
-            dropout_p, return_weights, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            query_lengths=query_lengths, kv_lengths=kv_lengths, query_positions=query_positions,
-            key_positions=key_positions, rng=rng)  # fmt: skip
-    lower_right = _arguments.is_lower_right(causal_alignment, is_causal, query, key)
+    if not (rng is None and type(dropout_p) is float and dropout_p == 0.0 and return_weights is False):
+        _arguments.refuse_missing(dropout_p, return_weights, rng)
+    lower_right = _arguments.is_lower_right(causal_alignment, is_causal and query_positions is None, query, key)
     if not enable_gqa:
         query, key, value = _arguments.share_heads(query, key, value)
-    problem = (query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa)
+    rules = None
+    if not (window is alibi_slopes is softcap is sinks is query_lengths is kv_lengths is query_positions
+            is key_positions is None):  # fmt: skip
+        rules = as_rules(
+            query, causal_alignment, window, softcap, alibi_slopes, sinks, query_lengths=query_lengths,
+            kv_lengths=kv_lengths, query_positions=query_positions, key_positions=key_positions)  # fmt: skip
+    problem = (query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules)
     return _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
 
 
 def _attend_into(out: Array, problem: Problem, return_lse: bool) -> Any:
     """The call with ``out``, which comes back itself, whatever subclass of ndarray it is.
 
-    C reads its inputs while it writes, so only query may lie in the very same place.
+    C reads its inputs while it writes, so only query may lie in the very same place.  Rules are copies.
     """
     query, key, value, mask = problem[:4]
     target = _arguments.as_out(out)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ._arguments import as_flag, as_int, as_mask
-from ._explain import Array, fail
 from ._layer_arguments import (
     as_dropout,
     as_head_dim,
@@ -22,6 +21,7 @@ from ._layer_arguments import (
     as_scale,
     refuse_later,
 )
+from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
 from ._projections import Projections

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._arguments import as_array, as_int
-from .._explain import fail, kind, native
+from .._messages import fail, kind, native
 
 __all__ = ["METHODS", "pool_heads"]
 
