@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
     if not enable_gqa:
         query, key, value = _arguments.share_heads(query, key, value)
     rules = None
-    if not (window is alibi_slopes is softcap is sinks is query_lengths is kv_lengths is query_positions
+    if not (window is None and softcap is alibi_slopes is sinks is query_lengths is kv_lengths is query_positions
             is key_positions is None):  # fmt: skip
         rules = as_rules(
             query, causal_alignment, window, softcap, alibi_slopes, sinks, query_lengths=query_lengths,
