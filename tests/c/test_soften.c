@@ -7,7 +7,11 @@ struct softening {
     int rows, keys; /* rows: lanes, or rows of s */
     ptrdiff_t row_step, key_step;
     void *s, *bias, *lo, *hi, *m, *l;
+    double softcap; /* 0 = off */
 };
+
+/* How far a score may be off after softcap: tanh within 3 ulp, and its argument's rounding. */
+static double slack(const struct softening *p) { return 8 * epsilon() * p->softcap; }
 
 static double *finished_scores(const struct softening *p, int r, double *top) {
     double *score = malloc((size_t)p->keys * sizeof *score);
@@ -16,8 +20,9 @@ static double *finished_scores(const struct softening *p, int r, double *top) {
         const ptrdiff_t at = r * p->row_step + j * p->key_step;
         const double bias = p->bias ? get(p->bias, at) : 0;
         const bool live = (!p->lo || (j >= get(p->lo, r) && j < get(p->hi, r))) && bias > -INFINITY;
-        const double sum = kernels->real_size == sizeof(float) ? (double)((float)get(p->s, at) + (float)bias)
-                                                               : get(p->s, at) + bias;
+        const double raw = get(p->s, at), capped = p->softcap > 0 ? p->softcap * tanh(raw / p->softcap) : raw;
+        const double sum =
+            kernels->real_size == sizeof(float) ? (double)((float)capped + (float)bias) : capped + bias;
         score[j] = live ? sum : -INFINITY;
         if (score[j] > *top) *top = score[j];
     }
@@ -33,14 +38,14 @@ static void check_softened(const struct softening *p, int r, const void *s, cons
     for (int j = 0; j < p->keys; j++) {
         const double weight = exp(score[j] - shift), got = get(s, r * p->row_step + j * p->key_step);
         /* the argument's own rounding counts once for each unit of it */
-        expect("weight", r, j, got, weight, weight * epsilon() * (4 + fabs(score[j] - shift)) + 2 * tiny());
+        expect("weight", r, j, got, weight, weight * (epsilon() * (4 + fabs(score[j] - shift)) + 2 * slack(p)) + 2 * tiny());
         if (score[j] == -INFINITY && got != 0) expect("dropped weight", r, j, got, 0, 0);
         sum += weight;
     }
     const double before = get(p->l, r);
-    expect("m", r, 0, get(m, r), top, 0);
-    expect("alpha", r, 0, get(alpha, r), fade, fade * epsilon() * (4 + fabs(old - shift)) + 2 * tiny());
-    expect("l", r, 0, get(l, r), before * fade + sum, (p->keys + 100) * epsilon() * (before * fade + sum));
+    expect("m", r, 0, get(m, r), top, slack(p));
+    expect("alpha", r, 0, get(alpha, r), fade, fade * (epsilon() * (4 + fabs(old - shift)) + slack(p)) + 2 * tiny());
+    expect("l", r, 0, get(l, r), before * fade + sum, ((p->keys + 100) * epsilon() + 2 * slack(p)) * (before * fade + sum));
     free(score);
 }
 
@@ -48,8 +53,8 @@ static void check_soften(const struct softening *p) {
     const int stats = padded(p->rows);
     const ptrdiff_t size = p->in_lanes ? (ptrdiff_t)p->keys * kernels->row_tile : (ptrdiff_t)p->rows * GQA_KEY_TILE;
     void *s = copy_of(p->s, size), *m = copy_of(p->m, stats), *l = copy_of(p->l, stats), *alpha = reals(stats, 7e7);
-    (p->in_lanes ? kernels->soften_lanes : kernels->soften_rows)(s, p->bias, p->lo, p->hi, p->rows, p->keys, m, l,
-                                                                 alpha);
+    (p->in_lanes ? kernels->soften_lanes : kernels->soften_rows)(s, p->bias, p->lo, p->hi, p->rows, p->keys,
+                                                                 p->softcap, m, l, alpha);
     for (int r = 0; r < p->rows; r++) check_softened(p, r, s, m, l, alpha);
     judge(p->in_lanes ? "soften_lanes" : "soften_rows", p->rows, p->keys, p->bias != NULL, p->lo != NULL);
     free(s), free(m), free(l), free(alpha);
@@ -72,14 +77,15 @@ static void mask_some(struct softening *p, double spread) {
     }
 }
 
-static void test_soften_of(bool in_lanes, int rows, int keys, bool biased, bool bounded, double spread) {
+static void test_soften_of(bool in_lanes, int rows, int keys, bool biased, bool bounded, double spread,
+                           double softcap) {
     const ptrdiff_t size = in_lanes ? (ptrdiff_t)keys * kernels->row_tile : (ptrdiff_t)rows * GQA_KEY_TILE;
     const int stats = padded(rows);
     struct softening p = {.in_lanes = in_lanes, .rows = rows, .keys = keys,
                           .row_step = in_lanes ? 1 : GQA_KEY_TILE, .key_step = in_lanes ? kernels->row_tile : 1,
                           .s = reals(size, NAN), .bias = biased ? reals(size, 0) : NULL,
                           .lo = bounded ? reals(stats, 0) : NULL, .hi = bounded ? reals(stats, 0) : NULL,
-                          .m = reals(stats, -INFINITY), .l = reals(stats, 0)};
+                          .m = reals(stats, -INFINITY), .l = reals(stats, 0), .softcap = softcap};
     for (int r = 0; r < rows; r++) {
         for (int j = 0; j < keys; j++) put(p.s, r * p.row_step + j * p.key_step, spread * (chance() - 0.5));
         if (r % 3 == 0) continue; /* a first tile */
@@ -94,11 +100,13 @@ static void test_soften_of(bool in_lanes, int rows, int keys, bool biased, bool 
 static void test_soften(void) {
     const double spreads[] = {1e-3, 8, 300, 1e6};
     for (int keys = 0; keys < COUNT(key_sizes); keys++)
-        for (int variant = 0; variant < 16; variant++) {
+        for (int variant = 0; variant < 32; variant++) {
             for (int rows = 0; rows < COUNT(lane_sizes) && lane_sizes[rows] <= kernels->row_tile; rows++)
-                test_soften_of(true, lane_sizes[rows], key_sizes[keys], variant & 1, variant & 2, spreads[variant / 4]);
+                test_soften_of(true, lane_sizes[rows], key_sizes[keys], variant & 1, variant & 2,
+                               spreads[variant / 4 % 4], variant < 16 ? 0 : 30);
             for (int rows = 0; rows < COUNT(few_sizes); rows++)
-                test_soften_of(false, few_sizes[rows], key_sizes[keys], variant & 1, variant & 2, spreads[variant / 4]);
+                test_soften_of(false, few_sizes[rows], key_sizes[keys], variant & 1, variant & 2,
+                               spreads[variant / 4 % 4], variant < 16 ? 0 : 30);
         }
 }
 
@@ -111,7 +119,7 @@ static void test_soften_broken(void) {
             void *s = reals((ptrdiff_t)key_sizes[keys] * kernels->row_tile, 0), *m = reals(padded(rows), -INFINITY);
             void *l = reals(padded(rows), 0), *alpha = reals(padded(rows), 0);
             put(s, (ptrdiff_t)last * kernels->row_tile, broken[i]);
-            kernels->soften_lanes(s, NULL, NULL, NULL, rows, last + 1, m, l, alpha);
+            kernels->soften_lanes(s, NULL, NULL, NULL, rows, last + 1, 0, m, l, alpha);
             expect("l", 0, 0, get(l, 0), NAN, 0);
             for (int r = 1; r < rows; r++) expect("l", r, 0, get(l, r), last + 1, 0);
             judge("soften_lanes broken", rows, last + 1, i, 0);
@@ -130,7 +138,7 @@ static void test_exp(void) {
         for (int lane = 0; lane < kernels->row_tile; lane++) put(s, kernels->row_tile + lane, x + lane * step);
         void *before = copy_of(s, 2 * kernels->row_tile);
         for (int lane = 0; lane < kernels->row_tile; lane++) put(s, lane, 0), put(m, lane, -INFINITY);
-        kernels->soften_lanes(s, NULL, NULL, NULL, kernels->row_tile, 2, m, l, alpha);
+        kernels->soften_lanes(s, NULL, NULL, NULL, kernels->row_tile, 2, 0, m, l, alpha);
         for (int lane = 0; lane < kernels->row_tile; lane++) {
             const double wanted = exp(get(before, kernels->row_tile + lane)), got = get(s, kernels->row_tile + lane);
             const double error = wanted > tiny() ? fabs(got / wanted - 1) / (epsilon() / 2) : 0;
