@@ -46,8 +46,8 @@ BLOCK vec widened(const void *halves, const enum gqa_dtype dtype) {
 }
 
 /* At most a vector of halves that do not lie one after another, or do not fill it. */
-BLOCK void load_some_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step,
-                            const enum gqa_dtype dtype, bool swapped, int n) {
+BLOCK void load_some_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, const enum gqa_dtype dtype,
+                            bool swapped, int n) {
     uint16_t halves[LANES] = {0};
     real wide[LANES];
     for (int i = 0; i < n; i++) halves[i] = (uint16_t)bits_at(from + i * step, 2, swapped);
@@ -109,8 +109,8 @@ BLOCK void store_reals(char *to, ptrdiff_t step, bool swapped, const real *from,
     }
 }
 
-static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from,
-                  ptrdiff_t from_stride, int n) {
+static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, ptrdiff_t from_stride,
+                  int n) {
     switch (dtype) {
     case GQA_FLOAT16: store_halves(to, step, GQA_FLOAT16, swapped, from, from_stride, n); break;
     case GQA_BFLOAT16: store_halves(to, step, GQA_BFLOAT16, swapped, from, from_stride, n); break;

@@ -1,5 +1,6 @@
 /* test_load.c: load and store of every table against bits taken apart by hand: every float16 and
- * bfloat16 there is, doubles past float's range, both byte orders, steps of any sign, no alignment. */
+ * bfloat16 there is, the midpoint between any two and the reals beside it, doubles past float's range,
+ * both byte orders, steps of any sign, no alignment. */
 #include "kernel_check.h"
 
 #include <stdint.h>
@@ -59,10 +60,12 @@ static void test_every_half(void) {
     uint64_t *bits = malloc(ALL * sizeof *bits);
     if (!bits) exit(3);
     for (int i = 0; i < ALL; i++) bits[i] = (uint64_t)i;
-    for (int swapped = 0; swapped < 2; swapped++) {
-        check_load(bits, ALL, GQA_FLOAT16, swapped, 2, 1);
-        check_load(bits, ALL, GQA_BFLOAT16, swapped, 2, 1);
-    }
+    for (int dtype = GQA_FLOAT16; dtype <= GQA_BFLOAT16; dtype++)
+        for (int swapped = 0; swapped < 2; swapped++) {
+            check_load(bits, ALL, (enum gqa_dtype)dtype, swapped, 2, 1);
+            check_load(bits, ALL, (enum gqa_dtype)dtype, swapped, -2, 1);
+            check_load(bits, ALL, (enum gqa_dtype)dtype, swapped, 2, 2);
+        }
     free(bits);
 }
 
@@ -85,31 +88,102 @@ static void test_load(void) {
             }
 }
 
+/* The bits of x as the table's own real. */
+static uint64_t own_bits(double x) {
+    const float single = (float)x;
+    uint32_t narrow;
+    uint64_t wide;
+    memcpy(&narrow, &single, sizeof narrow);
+    memcpy(&wide, &x, sizeof wide);
+    return kernels->real_size == sizeof single ? narrow : wide;
+}
+
+/* Elements wanted[i], as their bits, of reals that lie from_stride apart; NaN wants any NaN. */
+static void check_store(const void *from, ptrdiff_t from_stride, const uint64_t *wanted, int n, enum gqa_dtype dtype,
+                        bool swapped, ptrdiff_t step) {
+    const ptrdiff_t size = (ptrdiff_t)sizes[dtype];
+    const size_t span = (size_t)(n - 1) * (size_t)(step < 0 ? -step : step) + sizes[dtype];
+    char *memory = calloc(span + 1, 1), *first = memory + 1 + (step < 0 ? (ptrdiff_t)span - size : 0);
+    if (!memory) exit(3);
+    kernels->store(first, step, dtype, swapped, from, from_stride, n);
+    for (int i = 0; i < n; i++) {
+        char element[16]; /* gcc 12 fears that lay writes a vector */
+        lay(element, wanted[i], sizes[dtype], swapped);
+        if (isnan(meaning(wanted[i], dtype))) {
+            kernels->load(element, 1, first + i * step, 0, dtype, swapped, 1);
+            expect("NaN", i, 0, get(element, 0), NAN, 0);
+        } else
+            expect("bits", i, 0, memcmp(first + i * step, element, sizes[dtype]), 0, 0);
+        for (ptrdiff_t gap = size; gap < step && i < n - 1; gap++)
+            expect("gap", i, gap, first[i * step + gap], 0, 0);
+    }
+    judge("store", n, (int)dtype, swapped, (int)step);
+    free(memory);
+}
+
+/* Reals at and about half number i of the 32768 without sign, and the bits that each becomes: itself,
+ * the middle between it and the next, which goes to the even one, and the reals beside the middle. */
+enum { ABOUT = 4 };
+
+static void about_half(int i, enum gqa_dtype dtype, double x[ABOUT], uint64_t bits[ABOUT]) {
+    const uint64_t half = (uint64_t)i, infinity = dtype == GQA_FLOAT16 ? 0x7c00 : 0x7f80;
+    const double here = meaning(half, dtype), sign = i % 3 ? 1 : -1;
+    double next = meaning(half + 1, dtype); /* rounding sees infinity as the number after the largest */
+    if (half + 1 == infinity) next = ldexp(1, dtype == GQA_FLOAT16 ? 16 : 128);
+    const double middle = half < infinity ? (here + next) / 2 : here;
+    const bool wide = kernels->real_size == sizeof(double);
+    const double reals_about[ABOUT] = {here, wide ? nextafter(middle, 0) : (double)nextafterf((float)middle, 0), middle,
+                                       wide ? nextafter(middle, 1e300) : (double)nextafterf((float)middle, INFINITY)};
+    const uint64_t bits_about[ABOUT] = {half, half, half + (half & 1), half + 1};
+    for (int k = 0; k < ABOUT; k++) {
+        x[k] = copysign(half < infinity ? reals_about[k] : here, sign);
+        bits[k] = (half < infinity ? bits_about[k] : half) | (sign < 0 ? 0x8000 : 0);
+    }
+}
+
+static void test_every_rounding(void) {
+    enum { ALL = 32768 * ABOUT };
+    uint64_t *bits = malloc(ALL * sizeof *bits);
+    void *from = reals(ALL, 0);
+    if (!bits) exit(3);
+    for (int dtype = GQA_FLOAT16; dtype <= GQA_BFLOAT16; dtype++) {
+        for (int i = 0; i < ALL; i += ABOUT) {
+            double x[ABOUT];
+            about_half(i / ABOUT, (enum gqa_dtype)dtype, x, bits + i);
+            for (int k = 0; k < ABOUT; k++) put(from, i + k, x[k]);
+        }
+        for (int swapped = 0; swapped < 2; swapped++)
+            check_store(from, 1, bits, ALL, (enum gqa_dtype)dtype, swapped, 2);
+    }
+    free(bits), free(from);
+}
+
+/* Every length, stride and step, to halves and to the table's own reals. */
 static void test_store(void) {
+    const enum gqa_dtype own = kernels->real_size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
+    const enum gqa_dtype dtypes[] = {GQA_FLOAT16, GQA_BFLOAT16, own};
     for (int n = 1; n <= 40; n++)
-        for (int variant = 0; variant < 8; variant++) {
-            const bool swapped = variant & 1;
-            const ptrdiff_t size = (ptrdiff_t)kernels->real_size, step = variant & 2 ? size + 3 : size;
-            const ptrdiff_t stride = variant & 4 ? 5 : 1;
+        for (int variant = 0; variant < 36; variant++) {
+            const enum gqa_dtype dtype = dtypes[variant / 12];
+            const ptrdiff_t size = (ptrdiff_t)sizes[dtype], steps[] = {size, size + 3, -size}, stride = variant & 2 ? 5 : 1;
+            uint64_t bits[40];
             void *from = drawn((n - 1) * stride + 1, RANDOM);
-            char *memory = calloc((size_t)((n - 1) * step + size + 1), 1), back[sizeof(double)];
-            if (!memory) exit(3);
-            kernels->store(memory + 1, step, swapped, from, stride, n);
             for (int i = 0; i < n; i++) {
-                for (ptrdiff_t b = 0; b < size; b++)
-                    back[swapped ? size - 1 - b : b] = memory[1 + i * step + b];
-                expect("to", i, 0, get(back, 0), get(from, i * stride), 0);
-                for (ptrdiff_t gap = size; gap < step && i < n - 1; gap++)
-                    expect("gap", i, gap, memory[1 + i * step + gap], 0, 0);
+                double x[ABOUT];
+                uint64_t about[ABOUT];
+                about_half((int)(32768 * chance()), dtype == own ? GQA_FLOAT16 : dtype, x, about);
+                if (dtype != own) put(from, i * stride, x[i % ABOUT]);
+                bits[i] = dtype == own ? own_bits(get(from, i * stride)) : about[i % ABOUT];
             }
-            judge("store", n, variant, 0, 0);
-            free(from), free(memory);
+            check_store(from, stride, bits, n, dtype, variant & 1, steps[variant / 4 % 3]);
+            free(from);
         }
 }
 
 static void test_table(void) {
     test_every_half();
     test_load();
+    test_every_rounding();
     test_store();
 }
 
