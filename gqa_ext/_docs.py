@@ -9,11 +9,12 @@ R = TypeVar("R")
 
 PARAGRAPHS = {
     "query_key_value": """\
-query : array_like, (..., Hq, Sq, D), float32 or float64
+query : array_like, (..., Hq, Sq, D), float16, bfloat16, float32 or float64
     Two dimensions mean one head. The leading ones broadcast as in ``np.matmul``. Any strides and byte
-    order are read in place; what is no ndarray goes through ``np.asarray``.
-key, value : array_like, (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv), query's dtype
-    Query head h reads key and value head h // (Hq // Hkv), so Hq must be a multiple of Hkv.""",
+    order are read in place; what is no ndarray goes through ``np.asarray``. bfloat16 is ml_dtypes'.
+key, value : array_like, (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv), any of these dtypes
+    Query head h reads key and value head h // (Hq // Hkv), so Hq must be a multiple of Hkv. Sums are
+    made in float32. float64 goes only with float64 and is computed in float64.""",
     "attn_mask": """\
 attn_mask : array_like of bool or float, optional
     Broadcasts to (..., Hq, Sq, Sk) and never widens it. bool: True where a key may be seen. float16,
@@ -21,15 +22,32 @@ attn_mask : array_like of bool or float, optional
     masks. A masked key is dropped: NaN there cannot reach the row. A row with no key left gives 0.""",
     "rules": """\
 causal_alignment : {None, 'upper_left', 'lower_right'}
-    Which query row belongs to which key. 'upper_left' (None means this too, as in torch): row i sees the
-    keys up to i. 'lower_right': up to i + Sk - Sq, so that the last row sees all; for decoding and
-    chunked prefill.
-window, softcap, alibi_slopes, sinks, query_lengths, kv_lengths, query_positions, key_positions, return_weights, rng
+    Where query row i stands among the keys, its position p_i. 'upper_left' (None means this too, as in
+    torch): i. 'lower_right': i + Sk - Sq, so that the last row sees all keys; for decoding and chunked
+    prefill. With lengths those of the sequence count: i + kv_length - query_length. Key j stands at j.
+window : (int or None, int or None), optional
+    A row sees the keys with p_i - left <= p_j <= p_i + right, beside all else that masks; None is open
+    (FlashAttention's -1). Mistral's sliding_window=W is (W - 1, 0).
+softcap : float, optional
+    Scaled scores s become softcap * tanh(s / softcap), before masks and biases (Gemma 2,
+    arXiv:2408.00118). None or 0 leaves them as they are.
+alibi_slopes : array_like, (Hq,) or (..., Hq), optional
+    slope * abs(p_i - p_j) is taken from each score (arXiv:2108.12409); see ``get_alibi_slopes``.
+sinks : array_like, (Hq,), optional
+    One more logit for each row of a head, as it is, not scaled: counted in the sum and in the LSE, with
+    no value (gpt-oss; StreamingLLM, arXiv:2309.17453). -inf is none.
+query_lengths, kv_lengths : array_like of int, broadcasting to the leading dimensions, optional
+    How many rows of each sequence are there, from the first. Rows past a length give 0 and an LSE of
+    -inf; keys past it are never read.
+query_positions, key_positions : array_like of int, broadcasting to (..., Sq) and (..., Sk), optional
+    Replace p_i and p_j in causality, window and ALiBi. A negative key position says that there is no
+    such key, as in left padding. query_positions excludes causal_alignment.
+return_weights, rng
     Not implemented yet, nor is ``dropout_p`` other than 0: NotImplementedError when switched on.""",
     "out": """\
 return_lse : bool
     Also return the natural logarithm of the sum of exponentials of each row's scores, -inf for a row
-    with no key.
+    with no key (its sink, where there is one). ``merge_attention`` needs it.
 out : ndarray, optional
     Where to write: exactly the shape and dtype of the result, any strides. May be query itself. Any
     other overlap with an input goes through a temporary.
@@ -48,7 +66,7 @@ ValueError
 TypeError
     A dtype or a type does: integers, complex numbers, np.ma, float32 beside float64.
 NotImplementedError
-    A keyword or a dtype (float16, bfloat16) is not implemented yet.""",
+    A keyword is not implemented yet.""",
 }
 
 

@@ -33,7 +33,9 @@ def scaled_dot_product_attention(
 ) -> Any:  # fmt: skip
     """softmax(scale * query @ key^T + mask) @ value, for grouped heads (GQA, arXiv:2305.13245).
 
-    Arguments, order and meaning are those of ``torch.nn.functional.scaled_dot_product_attention``.
+    Arguments, order and meaning are those of ``torch.nn.functional.scaled_dot_product_attention``; the others
+    are rules of models and batches, in any combination. The score of row i and key j is made in this order:
+    scale, softcap, float mask, ALiBi; then what any rule masks is dropped.
 
     Parameters
     ----------
@@ -42,7 +44,8 @@ def scaled_dot_product_attention(
     dropout_p : float
         Only 0.0 for now.
     is_causal : bool
-        Row i sees no later key. Both apply beside attn_mask. UserWarning if Sq != Sk and no alignment is given.
+        Row i sees no later key, p_j <= p_i. Both apply beside attn_mask. UserWarning if Sq != Sk and neither an
+        alignment nor query_positions is given.
     scale : float, optional
         Default 1 / sqrt(D).
     enable_gqa : bool
@@ -57,6 +60,14 @@ def scaled_dot_product_attention(
     >>> query, key, value = np.ones((8, 5, 64)), np.ones((2, 5, 64)), np.ones((2, 5, 64))
     >>> scaled_dot_product_attention(query, key, value, is_causal=True).shape
     (8, 5, 64)
+
+    A sliding window of three keys, and a batch of which the second sequence has two keys only:
+
+    >>> scaled_dot_product_attention(query, key, value, is_causal=True, window=(2, None)).shape
+    (8, 5, 64)
+    >>> batch = [np.stack([array, array]) for array in (query, key, value)]
+    >>> scaled_dot_product_attention(*batch, kv_lengths=[5, 2], return_lse=True)[1].shape
+    (2, 8, 5)
     """
     if not (type(query) is type(key) is type(value) is ndarray):
         query, key, value = _arguments.as_arrays(query=query, key=key, value=value)
