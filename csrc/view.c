@@ -5,9 +5,9 @@
 static bool lies_plainly(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                          int64_t width) {
     const int64_t size = (int64_t)kernels->real_size;
-    const enum gqa_dtype own = size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
-    return operand->dtype == own && !operand->swapped && (operand->column == size || width <= 1) &&
-           operand->row % size == 0 && (uintptr_t)at % (uintptr_t)size == 0;
+    const enum gqa_dtype own = kernels->real_size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
+    return operand->dtype == own && !operand->swapped && (operand->column == size || width <= 1) && operand->row % size == 0 &&
+           (uintptr_t)at % (uintptr_t)size == 0;
 }
 
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
