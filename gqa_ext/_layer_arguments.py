@@ -10,6 +10,7 @@ import numpy as np
 
 from ._arguments import as_array, as_dtype, as_int, as_real
 from ._messages import COMPUTED, HALVES, Array, fail, kind, native, shapes
+from ._rules import as_slopes
 
 # ---- the constructor ----
 
@@ -17,8 +18,7 @@ from ._messages import COMPUTED, HALVES, Array, fail, kind, native, shapes
 def refuse_later(call: str, **keywords: Any) -> None:
     """Keywords that the contract has and this version does not: any that is switched on raises."""
     for name, setting in keywords.items():
-        off = name == "softcap" and np.ndim(setting) == 0 and setting == 0
-        if setting is not None and not off:
+        if setting is not None:
             came = setting if isinstance(setting, (int, float, str, tuple)) else kind(setting)
             fail(NotImplementedError, call, f"{name} is {came}", f"{name} is not implemented yet", f"pass {name}=None")
 
@@ -61,6 +61,16 @@ def as_scale(call: str, scale: Any) -> float | None:
     if not math.isfinite(number):
         fail(ValueError, call, f"scale is {number}", "a finite number was wanted", "leave it out or pass a finite one")
     return number
+
+
+def as_layer_slopes(call: str, alibi_slopes: Any, num_heads: int) -> Array:
+    """(num_heads,), or a row of them for each sequence."""
+    slopes = as_slopes(call, alibi_slopes)
+    if slopes.ndim not in (1, 2) or slopes.shape[-1] != num_heads:
+        wanted = f"(num_heads,) = ({num_heads},) or (batch, {num_heads}) was wanted"
+        fix = f"pass gqa_ext.get_alibi_slopes({num_heads})"
+        fail(ValueError, call, f"alibi_slopes has shape {slopes.shape}", wanted, fix)
+    return slopes.astype(np.float64)
 
 
 def as_layer_dtype(call: str, dtype: Any) -> np.dtype[Any]:

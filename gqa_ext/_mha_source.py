@@ -67,10 +67,10 @@ def _agreed_heads(asked: int | None, known: Any) -> int | None:
 
 
 def _check_names(state: State) -> None:
-    """All four weights, maybe biases, nothing else, and each once."""
+    """All four weights, maybe biases and sinks, nothing else, and each once."""
     weights = [f"{name}.weight" for name in PROJECTIONS]
     missing = [name for name in weights if name not in state.arrays]
-    known = {*weights, *(f"{name}.bias" for name in PROJECTIONS)}
+    known = {*weights, *(f"{name}.bias" for name in PROJECTIONS), "sinks"}
     unexpected = [state.given[name] for name in state.arrays if name not in known]
     bad = [name for name, array in state.arrays.items() if name in known and array.ndim != 1 + name.endswith("weight")]
     problems = {
@@ -102,6 +102,7 @@ def _measure(state: dict[str, Array], num_heads: int, options: dict[str, Any]) -
     )
     heights = zip(PROJECTIONS, (q_rows, k_rows, v_rows, o_rows), strict=True)
     odd = [f"{name}.bias" for name, rows in heights if len(state.get(f"{name}.bias", range(rows))) != rows]
+    odd += [] if len(state.get("sinks", range(num_heads))) == num_heads else ["sinks"]
     if not all(fits) or odd:
         came = ", ".join(f"{name} {array.shape}" for name, array in state.items())
         wanted = f"heads of one size for num_heads {num_heads} were wanted, and o_proj back to q_proj's input"
@@ -113,5 +114,6 @@ def _measure(state: dict[str, Array], num_heads: int, options: dict[str, Any]) -
         for name, rows in zip(STACKED, (q_rows, k_rows, v_rows), strict=True):
             arrays.setdefault(f"{name}.bias", np.zeros(rows, dtype))
     measured = {"head_dim": head_dim, "v_head_dim": v_head_dim, "kv_embed_dim": kv_embed_dim}
-    measured |= {"bias": bias, "out_bias": "o_proj.bias" in state, "dtype": np.dtype(dtype).name}
+    measured |= {"bias": bias, "out_bias": "o_proj.bias" in state, "sinks": arrays.get("sinks")}
+    measured["dtype"] = np.dtype(dtype).name
     return MhaSource(embed_dim, num_heads, num_kv_heads, options | measured, arrays)

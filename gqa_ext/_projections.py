@@ -56,24 +56,33 @@ class Linear:
 
 
 class Projections:
-    """q_proj, k_proj, v_proj and o_proj, each of shape (out, in); starts in eval mode."""
+    """q_proj, k_proj, v_proj and o_proj, each of shape (out, in), and sinks if wanted; starts in eval mode."""
 
     def __init__(
-        self, *shapes: tuple[int, int], bias: bool, out_bias: bool, dtype: np.dtype[Any], rng: np.random.Generator
+        self,
+        *shapes: tuple[int, int],
+        bias: bool,
+        out_bias: bool,
+        sinks: Array | None,
+        dtype: np.dtype[Any],
+        rng: np.random.Generator,
     ) -> None:
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             Linear(*shape, bias=has_bias, dtype=dtype, rng=rng)
             for shape, has_bias in zip(shapes, (bias, bias, bias, out_bias), strict=True)
         )
+        self.sinks = None if sinks is None else sinks.astype(dtype)
         self.training = False
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Name and array of each weight and bias, in the order q, k, v, o; the arrays are the layer's own."""
+        """Name and array of each weight and bias, in the order q, k, v, o, sinks; the arrays are the layer's own."""
         for name in PROJECTIONS:
             projection: Linear = getattr(self, name)
             yield f"{name}.weight", projection.weight
             if projection.bias is not None:
                 yield f"{name}.bias", projection.bias
+        if self.sinks is not None:
+            yield "sinks", self.sinks
 
     def parameters(self) -> Iterator[Array]:
         """The arrays of :meth:`named_parameters`."""

@@ -17,6 +17,7 @@ from ._layer_arguments import (
     as_inputs,
     as_kv_heads,
     as_layer_dtype,
+    as_layer_slopes,
     as_rng,
     as_scale,
     refuse_later,
@@ -25,6 +26,7 @@ from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
 from ._projections import Projections
+from ._rules import as_sinks, as_softcap, as_window
 from ._weights import attention_weights
 from .attention import scaled_dot_product_attention
 from .convert.methods import pool_heads
@@ -56,7 +58,16 @@ class GroupedQueryAttention(Projections):
         Only 0.0 for now.
     scale : float, optional
         Of scores. Default ``1 / sqrt(head_dim)``.
-    rope, qk_norm, window, softcap, alibi_slopes, sinks
+    window : (int or None, int or None), optional
+        How many positions before and after its own a row sees; None is open. As `softcap` and `alibi_slopes` in
+        :func:`gqa_ext.scaled_dot_product_attention`.
+    softcap : float, optional
+        Bounds scores smoothly (Gemma 2). None or 0 is off.
+    alibi_slopes : array_like (num_heads,) or (B, num_heads), optional
+        For ALiBi; see :func:`gqa_ext.get_alibi_slopes`. No parameter: not in the state dict.
+    sinks : array_like (num_heads,), optional
+        First values of a parameter ``sinks``: one more logit for each row of a head, without a value (gpt-oss).
+    rope, qk_norm
         Not implemented yet; only the defaults are taken.
     dtype : {'float32', 'float64'}
         Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet.
@@ -68,6 +79,7 @@ class GroupedQueryAttention(Projections):
     ----------
     q_proj, k_proj, v_proj, o_proj : Linear
         ``weight`` (out, in) and ``bias`` (out,) or None, as in torch.nn.Linear.
+    sinks : ndarray (num_heads,) or None
     training : bool
 
     Raises
@@ -121,9 +133,7 @@ class GroupedQueryAttention(Projections):
         rng: int | np.random.Generator | None = None,
     ) -> None:
         call = type(self).__name__
-        refuse_later(
-            call, rope=rope, qk_norm=qk_norm, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
-        )
+        refuse_later(call, rope=rope, qk_norm=qk_norm)
         self.embed_dim = as_int(call, "embed_dim", embed_dim, 1)
         self.num_heads = as_int(call, "num_heads", num_heads, 1)
         self.num_kv_heads = as_kv_heads(call, num_kv_heads, self.num_heads)
@@ -134,12 +144,16 @@ class GroupedQueryAttention(Projections):
         self.out_bias = self.bias if out_bias is None else as_flag(call, "out_bias", out_bias)
         self.dropout = as_dropout(call, dropout)
         self.scale = as_scale(call, scale)
+        self.window = None if window is None else as_window(call, window)
+        self.softcap = None if softcap is None else as_softcap(call, softcap) or None
+        self.alibi_slopes = None if alibi_slopes is None else as_layer_slopes(call, alibi_slopes, self.num_heads)
         self.dtype = as_layer_dtype(call, dtype)
         q_dim, k_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         v_dim, o_dim = self.num_kv_heads * self.v_head_dim, self.num_heads * self.v_head_dim
         super().__init__(
             (q_dim, self.embed_dim), (k_dim, self.kv_embed_dim), (v_dim, self.kv_embed_dim), (self.embed_dim, o_dim),
             bias=self.bias, out_bias=self.out_bias, dtype=self.dtype, rng=as_rng(call, rng),
+            sinks=None if sinks is None else as_sinks(call, sinks, self.num_heads),
         )  # fmt: skip
 
     def __call__(
@@ -171,7 +185,9 @@ class GroupedQueryAttention(Projections):
             (num_heads, N, Nk) for inputs without batch.
         is_causal : bool
             Row i sees keys 0 to i.
-        kv_lengths, position_ids, cache
+        kv_lengths : array_like of int, (B,) or one int, optional
+            How many keys of each sequence are there, from the first; what lies behind them is never seen.
+        position_ids, cache
             Not implemented yet; only None is taken.
         head_mask : array_like (num_heads,), optional
             Multiplies the weights of each head: 0 switches a head off.
@@ -194,25 +210,36 @@ class GroupedQueryAttention(Projections):
             A keyword that a later version will take.
         """
         call = f"{type(self).__name__}.__call__"
-        refuse_later(call, kv_lengths=kv_lengths, position_ids=position_ids, cache=cache)
+        refuse_later(call, position_ids=position_ids, cache=cache)
         query, key, value = as_inputs(call, query, key, value, (self.embed_dim, self.kv_embed_dim), self.dtype)
         mask = None if attn_mask is None else as_mask(attn_mask)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
         causal, weighed = as_flag(call, "is_causal", is_causal), as_flag(call, "need_weights", need_weights)
+        rules = self._rules() | {"is_causal": causal, "kv_lengths": kv_lengths}
 
         q = _split(self.q_proj(query), self.num_heads)
         k = _split(self.k_proj(key), self.num_kv_heads)
         v = _split(self.v_proj(value), self.num_kv_heads)
         leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
-        scaled_dot_product_attention(q, k, v, mask, 0.0, causal, self.scale, out=attended.swapaxes(-2, -3))
+        scaled_dot_product_attention(q, k, v, mask, out=attended.swapaxes(-2, -3), **rules)
         if heads is not None:
             attended *= heads[:, None]
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
         if not weighed:
             return out
-        weights = attention_weights(q, k, mask, causal, self.scale)
+        weights = attention_weights(np.broadcast_to(q, (*leading, *q.shape[-3:])), k, mask, **rules)
         return out, weights if heads is None else weights * heads[:, None, None]
+
+    def _rules(self) -> dict[str, Any]:
+        """What the constructor says of scores, as keywords of scaled_dot_product_attention."""
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+        }
 
     @classmethod
     def from_mha(
@@ -253,7 +280,7 @@ class GroupedQueryAttention(Projections):
             came = f"num_kv_heads is {number} for a source with {mha.num_kv_heads} key/value heads"
             fail(ValueError, FROM_MHA, came, "a divisor of those was wanted", f"pass {mha.num_kv_heads} or a divisor")
         if isinstance(source, GroupedQueryAttention):
-            mha.options["scale"] = source.scale
+            mha.options.update(source._rules())
         layer = GroupedQueryAttention(mha.embed_dim, mha.num_heads, number, **mha.options)
         pooled = {
             name: pool_heads(array, mha.num_kv_heads, number, method=method) if name[0] in "kv" else array
@@ -276,6 +303,10 @@ class GroupedQueryAttention(Projections):
             "out_bias": (self.out_bias, self.bias),
             "dropout": (self.dropout, 0.0),
             "scale": (self.scale, None),
+            "window": (self.window, None),
+            "softcap": (self.softcap, None),
+            "alibi_slopes": (_numbers(self.alibi_slopes), None),
+            "sinks": (_numbers(self.sinks), None),
             "dtype": (self.dtype.name, "float32"),
         }
         given = [f"{name}={setting!r}" for name, (setting, default) in options.items() if setting != default]
@@ -285,6 +316,13 @@ class GroupedQueryAttention(Projections):
 def _split(x: Array, num_heads: int) -> Array:
     """(..., N, H * D) as (..., H, N, D), a view."""
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).swapaxes(-2, -3)
+
+
+def _numbers(array: Array | None) -> list[Any] | None:
+    """The array as nested lists that are as short as its dtype allows, for repr."""
+    if array is None:
+        return None
+    return [float(str(item)) if item.ndim == 0 else _numbers(item) for item in array]
 
 
 class MultiHeadAttention(GroupedQueryAttention):
