@@ -185,6 +185,8 @@ def check_scale(scale: Any) -> None:
 
 def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) -> None:
     """The arrays that _rules.py made, against the shapes of the others; ``shape`` is the output's."""
+    if not isinstance(rules, tuple) or len(rules) != 9:
+        fail(TypeError, ATTENTION, f"rules is {kind(rules)}", "_rules.Rules was wanted", "pass each rule by its name")
     *_, slopes, _, query_lengths, kv_lengths, query_positions, key_positions = rules
     leading, seq_q, seq_k = shape[:-3], shape[-2], key.shape[-2]
     where = f"({shapes(query=query, key=key)})"

@@ -141,24 +141,19 @@ def test_input_of_the_wrong_type(name: str, thing: Any, came: str, fix: str) -> 
 def test_input_of_the_wrong_dtype(name: str, dtype: str) -> None:
     array = np.zeros((2, 2, 7, 16), dtype)
     message = refusal(TypeError, attend, **{name: array})
-    assert message.startswith(f"{name} has dtype {array.dtype}; float32 or float64 was wanted: ")
+    assert message.startswith(f"{name} has dtype {array.dtype}; float16, bfloat16, float32 or float64 was wanted: ")
     if array.dtype.kind in "iub":
         assert message.endswith(f"pass {name}.astype(np.float32)")
 
 
 @pytest.mark.parametrize("name", INPUT_NAMES)
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_is_named_as_missing(name: str, dtype: Any) -> None:
-    message = refusal(NotImplementedError, attend, **{name: np.ones((2, 2, 7, 16), dtype)})
-    assert message.startswith(f"{name} has dtype {np.dtype(dtype)}, which is not implemented yet; ")
-    assert message.endswith(f": pass {name}.astype(np.float32)")
-
-
-@pytest.mark.parametrize("name", INPUT_NAMES)
-def test_float64_goes_only_with_float64(name: str) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_float64_goes_only_with_float64(name: str, dtype: Any) -> None:
     arrays = {"query": QUERY, "key": KEY, "value": VALUE}
-    message = refusal(TypeError, attend, **{name: arrays[name].astype(np.float64)})
+    mixed = {other: array.astype(np.float64 if other == name else dtype) for other, array in arrays.items()}
+    message = refusal(TypeError, attend, **mixed)
     assert f"{name} is float64" in message
+    assert "; float64 goes only with float64: pass " in message
     assert message.endswith(".astype(np.float64), or all three as float32")
 
 
@@ -194,14 +189,6 @@ def test_types(changes: dict[str, Any], text: str) -> None:
 
 
 LATER = [
-    ("window", (3, 0), "None"),
-    ("softcap", 30.0, "None"),
-    ("alibi_slopes", np.ones(8), "None"),
-    ("sinks", np.zeros(8), "None"),
-    ("query_lengths", [5, 4], "None"),
-    ("kv_lengths", 0, "None"),
-    ("query_positions", np.arange(5), "None"),
-    ("key_positions", np.arange(7), "None"),
     ("rng", 0, "None"),
     ("return_weights", True, "False"),
     ("return_weights", np.True_, "False"),
@@ -222,6 +209,11 @@ def test_missing_features_are_named(name: str, setting: Any, off: str) -> None:
         {"softcap": 0},
         {"softcap": 0.0},
         {"softcap": None},
+        {"window": (None, None)},
+        {"window": [2**70, 7]},
+        {"sinks": [-np.inf] * 8},
+        {"query_lengths": 5, "kv_lengths": np.uint8(7)},
+        {"query_positions": np.arange(5), "key_positions": [list(range(7))] * 2},
         {"dropout_p": 0},
         {"dropout_p": np.float32(0)},
         {"rng": None},
@@ -282,17 +274,37 @@ def test_use_isa_lists_what_there_is(name: Any, error: type[Exception]) -> None:
 
 CORE = [
     ("attention", ()),
-    ("attention", (1,) * 10),
-    ("attention", (QUERY, KEY, VALUE, None, 1, 0, None, True, None, False)),
-    ("attention", (QUERY, KEY, VALUE, None, False, 2, None, True, None, False)),
-    ("attention", (QUERY, KEY, VALUE, None, False, 0, 2, True, None, False)),
-    ("attention", (QUERY, KEY, VALUE, None, False, 0, None, True, read_only(), False)),
+    ("attention", (1,) * 11),
+    ("attention", (QUERY, KEY, VALUE, None, 1, 0, None, True, None, None, False)),
+    ("attention", (QUERY, KEY, VALUE, None, False, 2, None, True, None, None, False)),
+    ("attention", (QUERY, KEY, VALUE, None, False, 0, 2, True, None, None, False)),
+    ("attention", (QUERY, KEY, VALUE, None, False, 0, None, True, None, read_only(), False)),
+    ("attention", (KEY.astype(np.int64),) * 3 + (None, False, 0, None, True, None, None, False)),
     ("pool_heads", ()),
     ("pool_heads", (1,) * 6),
     ("pool_heads", (QUERY, QUERY.copy(), 0, 2, KEY, None)),
     ("pool_heads", (QUERY, QUERY.copy(), 0, 2, np.zeros((1, 2), np.int64), np.ones((2, 1)))),
     ("set_num_threads", (2**40,)),
     ("set_num_threads", ("2",)),
+]
+
+
+CORE += [
+    ("attention", (QUERY, KEY, VALUE, None, False, 0, None, True, rules, None, False))
+    for rules in (
+        1,
+        (None,) * 8,
+        [None] * 9,
+        (-1, *[None] * 8),
+        (None, 2**63, *[None] * 7),
+        (None, 1.0, *[None] * 7),
+        (None, None, -1.0, *[None] * 6),
+        (None, None, float("nan"), *[None] * 6),
+        *((*[None] * i, QUERY[0, 0], *[None] * (8 - i)) for i in range(9)),
+        *((*[None] * i, np.arange(11), *[None] * (8 - i)) for i in range(9)),
+        (*[None] * 5, np.array([1, 8]), *[None] * 3),
+        (*[None] * 6, np.array(-1), *[None] * 2),
+    )
 ]
 
 
