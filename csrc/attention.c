@@ -51,7 +51,9 @@ static void whole_unit(const void *context, int64_t index, void *scratch, struct
     gqa_padding_store(plan, &unit, &work);
     if (unit.rows == 0) return;
     gqa_unit_begin(plan, &unit, &work, &lo, &hi);
-    gqa_part_store(plan, &unit, &work, walk(plan, &unit, &work, lo, hi, job));
+    char *part = walk(plan, &unit, &work, lo, hi, job);
+    gqa_part_store(plan, &unit, &work, part);
+    if (plan->weights.data) gqa_unit_weights(plan, &unit, &work, part, lo, hi, job);
 }
 
 static void chunk_of_unit(const void *context, int64_t index, void *scratch, struct gqa_job *job) {
@@ -64,13 +66,14 @@ static void chunk_of_unit(const void *context, int64_t index, void *scratch, str
     int64_t lo, hi;
     gqa_work_lay(plan, &work, scratch);
     gqa_unit_begin(plan, &unit, &work, &lo, &hi);
-    lo = gqa_max(lo, chunk * keys);
-    hi = gqa_min(hi, (chunk + 1) * keys);
+    const int64_t first = gqa_max(lo, chunk * keys), end = gqa_min(hi, (chunk + 1) * keys);
     char *parts = call->chunk_parts + (size_t)(unit_index * plan->chunks) * plan->part_bytes;
-    memcpy(parts + (size_t)chunk * plan->part_bytes, walk(plan, &unit, &work, lo, hi, job), plan->part_bytes);
+    memcpy(parts + (size_t)chunk * plan->part_bytes, walk(plan, &unit, &work, first, end, job), plan->part_bytes);
     if (atomic_fetch_sub(&call->missing[unit_index], 1) != 1) return;
     gqa_padding_store(plan, &unit, &work);
-    gqa_part_store(plan, &unit, &work, join_chunks(plan, &unit, &work, parts));
+    char *part = join_chunks(plan, &unit, &work, parts);
+    gqa_part_store(plan, &unit, &work, part);
+    if (plan->weights.data) gqa_unit_weights(plan, &unit, &work, part, lo, hi, job);
 }
 
 static enum gqa_status run_chunked(const struct gqa_plan *plan, size_t scratch, int threads, struct gqa_poll poll) {

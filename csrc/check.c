@@ -95,11 +95,39 @@ static bool positions_fit(const struct gqa_attention *problem, int ndim, const i
 static bool numbers_fit(const struct gqa_attention *problem) {
     if (problem->has_scale && !isfinite(problem->scale)) return false;
     if (!(problem->softcap >= 0) || !isfinite(problem->softcap)) return false;
+    if (!(problem->dropout_p >= 0 && problem->dropout_p <= 1)) return false;
     return problem->left >= GQA_OPEN && problem->right >= GQA_OPEN;
 }
 
 static bool is_float(const struct gqa_array *array) {
     return !array->data || is_half_or_float(array->dtype) || array->dtype == GQA_FLOAT64;
+}
+
+/* Rising from 0 to at most the number of packed rows. */
+static bool rises(const struct gqa_array *cu, int64_t count, int64_t rows) {
+    const int64_t *starts = (const int64_t *)(const void *)cu->data;
+    if (!starts || cu->ndim != 1 || cu->shape[0] != count || count < 1 || !is_integer(cu) || starts[0] != 0)
+        return false;
+    for (int64_t b = 1; b < count; b++)
+        if (starts[b] < starts[b - 1] || starts[b] > rows) return false;
+    return true;
+}
+
+/* Packed arrays are (heads, T, D), and take none of the rules that name a slot by its place in a batch. */
+static bool packing_fits(const struct gqa_attention *problem) {
+    const struct gqa_array *query = &problem->query, *key = &problem->key, *cu = &problem->cu_seqlens_q;
+    if (!cu->data) return !problem->cu_seqlens_k.data;
+    if (problem->mask.data || problem->weights.data || problem->query_lengths.data || problem->kv_lengths.data ||
+        problem->query_positions.data || problem->key_positions.data)
+        return false;
+    return query->ndim == 3 && key->ndim == 3 && problem->value.ndim == 3 && cu->ndim == 1 &&
+           rises(cu, cu->shape[0], gqa_dim(query, 2)) && rises(&problem->cu_seqlens_k, cu->shape[0], gqa_dim(key, 2));
+}
+
+/* Slopes of packed sequences: (Hq,) or (B, Hq). */
+static bool packed_slopes_fit(const struct gqa_attention *problem) {
+    const int64_t wanted[2] = {problem->cu_seqlens_q.shape[0] - 1, gqa_dim(&problem->query, 3)};
+    return spreads_to(&problem->alibi_slopes, 2, wanted);
 }
 
 static bool rules_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
@@ -109,7 +137,9 @@ static bool rules_fit(const struct gqa_attention *problem, int ndim, const int64
     memcpy(scores, shape, (size_t)ndim * sizeof *scores);
     scores[ndim - 1] = seq_k;
     return numbers_fit(problem) && (mask->dtype == GQA_BOOL || is_float(mask)) && spreads_to(mask, ndim, scores) &&
-           is_float(&problem->alibi_slopes) && spreads_over(&problem->alibi_slopes, ndim, shape, 1, &heads) &&
+           is_float(&problem->alibi_slopes) && packing_fits(problem) &&
+           (problem->cu_seqlens_q.data ? packed_slopes_fit(problem)
+                                       : spreads_over(&problem->alibi_slopes, ndim, shape, 1, &heads)) &&
            is_float(&problem->sinks) && spreads_to(&problem->sinks, 1, &heads) && lengths_fit(problem, ndim, shape) &&
            positions_fit(problem, ndim, shape);
 }
@@ -139,9 +169,12 @@ static bool same_shape(const struct gqa_array *array, int ndim, const int64_t *s
 }
 
 bool gqa_outputs_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
-    const enum gqa_dtype dtype = problem->query.dtype;
+    const enum gqa_dtype dtype = problem->query.dtype, exact = dtype == GQA_FLOAT64 ? GQA_FLOAT64 : GQA_FLOAT32;
+    const struct gqa_array *lse = &problem->lse, *weights = &problem->weights;
+    int64_t scores[GQA_MAX_DIMS];
+    memcpy(scores, shape, (size_t)ndim * sizeof *scores);
+    scores[ndim - 1] = gqa_dim(&problem->key, 2);
     if (problem->out.dtype != dtype || !same_shape(&problem->out, ndim, shape)) return false;
-    if (!problem->lse.data) return true;
-    return problem->lse.dtype == (dtype == GQA_FLOAT64 ? GQA_FLOAT64 : GQA_FLOAT32) &&
-           same_shape(&problem->lse, ndim - 1, shape);
+    if (lse->data && (lse->dtype != exact || !same_shape(lse, ndim - 1, shape))) return false;
+    return !weights->data || (weights->dtype == exact && same_shape(weights, ndim, scores));
 }

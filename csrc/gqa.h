@@ -58,12 +58,20 @@ struct gqa_attention {
     bool causal;
     enum gqa_alignment alignment;
 
-    int64_t left, right;           /* the window: p_i - left <= p_j <= p_i + right; GQA_OPEN */
-    double softcap;                /* 0 = off */
-    struct gqa_array alibi_slopes; /* float32 or float64, broadcasts to (..., Hq): (Hq,) or (B, Hq) */
-    struct gqa_array sinks;        /* (Hq,) any float dtype */
-    struct gqa_array query_lengths, kv_lengths;       /* int64, broadcast to the leading dimensions */
+    int64_t left, right;                             /* the window: p_i - left <= p_j <= p_i + right; GQA_OPEN */
+    double softcap;                                  /* 0 = off */
+    struct gqa_array alibi_slopes;                   /* float32 or float64, broadcasts to (..., Hq): (Hq,) or (B, Hq) */
+    struct gqa_array sinks;                          /* (Hq,) any float dtype */
+    struct gqa_array query_lengths, kv_lengths;      /* int64, broadcast to the leading dimensions */
     struct gqa_array query_positions, key_positions; /* int64, broadcast to (..., Sq) and (..., Sk) */
+
+    struct gqa_array weights; /* (..., Hq, Sq, Sk) of lse's type, all zero: what multiplies the values; or absent */
+    double dropout_p;         /* a slot is dropped with this probability, the others divided by 1 - p */
+    uint64_t seed;
+
+    /* Packed sequences, or absent: int64 (B + 1,), C-contiguous.  Sequence b is rows cu[b] to cu[b + 1] of
+     * arrays (heads, T, D), and B is the one leading dimension of slopes. */
+    struct gqa_array cu_seqlens_q, cu_seqlens_k;
 };
 
 /* Checks everything but out and lse, and gives the shape of out; lse has the same less the last. */

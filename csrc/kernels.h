@@ -81,10 +81,22 @@ struct gqa_kernels {
     void (*load)(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
                  int n);
     /* n reals to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's own reals. */
-    void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from,
-                  ptrdiff_t from_stride, int n);
+    void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, ptrdiff_t from_stride,
+                  int n);
     /* to[i * to_stride] = from[i] * scale */
     void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
 };
+
+/* One real, for what is done once a row and for rare rules. */
+static inline double gqa_get(const struct gqa_kernels *kernels, const void *reals, ptrdiff_t index) {
+    return kernels->real_size == sizeof(float) ? (double)((const float *)reals)[index] : ((const double *)reals)[index];
+}
+
+static inline void gqa_put(const struct gqa_kernels *kernels, void *reals, ptrdiff_t index, double x) {
+    if (kernels->real_size == sizeof(float))
+        ((float *)reals)[index] = (float)x;
+    else
+        ((double *)reals)[index] = x;
+}
 
 #endif

@@ -25,6 +25,7 @@ static void see(struct gqa_plan *plan, struct gqa_operand *operand, const struct
     operand->dtype = array->dtype;
     operand->swapped = array->swapped;
     operand->head = operand->row = operand->column = 0;
+    operand->starts = NULL;
     for (int i = 0; i < plan->lead_ndim; i++) operand->lead[i] = step(array, trailing + plan->lead_ndim - i);
 }
 
@@ -47,6 +48,7 @@ static void see_all(struct gqa_plan *plan, const struct gqa_attention *problem) 
     see_matrix(plan, &plan->value, &problem->value);
     see_matrix(plan, &plan->mask, &problem->mask);
     see_matrix(plan, &plan->out, &problem->out);
+    see_matrix(plan, &plan->weights, &problem->weights);
     see(plan, &plan->lse, &problem->lse, 2);
     if (problem->lse.data) {
         plan->lse.head = step(&problem->lse, 2);
@@ -62,6 +64,7 @@ static void see_all(struct gqa_plan *plan, const struct gqa_attention *problem) 
 
 char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *operand, int64_t sequence, int64_t head) {
     char *at = operand->data + head * operand->head;
+    if (operand->starts) at += operand->starts[sequence] * operand->row;
     for (int i = plan->lead_ndim - 1; i >= 0; i--) {
         at += sequence % plan->lead_shape[i] * operand->lead[i];
         sequence /= plan->lead_shape[i];
@@ -70,9 +73,11 @@ char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *oper
 }
 
 static void measure(struct gqa_plan *plan, const struct gqa_attention *problem, int ndim, const int64_t *shape) {
-    plan->lead_ndim = ndim > 3 ? ndim - 3 : 0;
+    const bool packed = problem->cu_seqlens_q.data;
+    plan->lead_ndim = packed ? 1 : ndim > 3 ? ndim - 3 : 0;
     plan->sequences = 1;
-    for (int i = 0; i < plan->lead_ndim; i++) plan->sequences *= plan->lead_shape[i] = shape[i];
+    for (int i = 0; i < plan->lead_ndim; i++)
+        plan->sequences *= plan->lead_shape[i] = packed ? problem->cu_seqlens_q.shape[0] - 1 : shape[i];
     plan->q_heads = gqa_dim(&problem->query, 3);
     plan->kv_heads = gqa_dim(&problem->key, 3);
     plan->group = plan->kv_heads ? plan->q_heads / plan->kv_heads : 0;
@@ -82,9 +87,25 @@ static void measure(struct gqa_plan *plan, const struct gqa_attention *problem, 
     plan->v_dim = gqa_dim(&problem->value, 1);
 }
 
+/* The sequences of packed arrays are told apart by where they begin; slopes may still have a row for each. */
+static void unpack(struct gqa_plan *plan, const struct gqa_attention *problem) {
+    const int64_t *q = (const int64_t *)(const void *)problem->cu_seqlens_q.data;
+    const int64_t *k = (const int64_t *)(const void *)problem->cu_seqlens_k.data;
+    if (!q) return;
+    plan->query.starts = plan->out.starts = plan->lse.starts = q;
+    plan->key.starts = plan->value.starts = k;
+    plan->seq_q = plan->seq_k = 0;
+    for (int64_t b = 0; b < plan->sequences; b++) {
+        plan->seq_q = gqa_max(plan->seq_q, q[b + 1] - q[b]);
+        plan->seq_k = gqa_max(plan->seq_k, k[b + 1] - k[b]);
+    }
+}
+
 static void take_rules(struct gqa_plan *plan, const struct gqa_attention *problem) {
     plan->scale = problem->has_scale ? problem->scale : 1 / sqrt((double)plan->head_dim);
     plan->softcap = problem->softcap;
+    plan->dropout_p = problem->dropout_p;
+    plan->seed = problem->seed;
     plan->lower_right = problem->alignment == GQA_LOWER_RIGHT;
     plan->left = problem->left == GQA_OPEN ? GQA_FAR : gqa_min(problem->left, GQA_FAR);
     plan->right = problem->right == GQA_OPEN ? GQA_FAR : gqa_min(problem->right, GQA_FAR);
@@ -100,8 +121,10 @@ static int64_t integer_at(const char *at) {
     return x;
 }
 
-static int64_t length_of(const struct gqa_plan *plan, const struct gqa_operand *lengths, int64_t sequence,
-                         int64_t all) {
+/* Rows of a sequence: of a packed operand, by its lengths, or all. */
+static int64_t length_of(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                         const struct gqa_operand *lengths, int64_t sequence, int64_t all) {
+    if (operand->starts) return operand->starts[sequence + 1] - operand->starts[sequence];
     return lengths->data ? integer_at(gqa_operand_at(plan, lengths, sequence, 0)) : all;
 }
 
@@ -178,6 +201,7 @@ enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention 
     plan->kernels = gqa_kernels_for(problem->query.dtype);
     measure(plan, problem, ndim, shape);
     see_all(plan, problem);
+    unpack(plan, problem);
     take_rules(plan, problem);
     shape_tiles(plan);
     cut(plan, threads);
@@ -190,13 +214,14 @@ struct gqa_unit gqa_plan_unit(const struct gqa_plan *plan, int64_t index) {
     const int64_t head = index / plan->head_units, turn = plan->head_units - 1 - index % plan->head_units;
     const int64_t most = plan->unit_tiles * plan->form->tile_rows;
     struct gqa_unit unit = {.sequence = head / plan->kv_heads, .kv_head = head % plan->kv_heads};
-    const int64_t seq_q = length_of(plan, &plan->query_lengths, unit.sequence, plan->seq_q);
+    const int64_t seq_q = length_of(plan, &plan->query, &plan->query_lengths, unit.sequence, plan->seq_q);
     const int64_t live = seq_q * plan->group;
     unit.first_row = turn * most;
     unit.rows = gqa_max(0, gqa_min(most, live - unit.first_row));
-    unit.padding = gqa_min(most, plan->rows - unit.first_row) - unit.rows;
+    /* past the end of a packed sequence the next one begins */
+    unit.padding = plan->query.starts ? 0 : gqa_min(most, plan->rows - unit.first_row) - unit.rows;
     unit.form = form_for(plan, live);
-    unit.seq_k = length_of(plan, &plan->kv_lengths, unit.sequence, plan->seq_k);
+    unit.seq_k = length_of(plan, &plan->key, &plan->kv_lengths, unit.sequence, plan->seq_k);
     unit.offset = plan->lower_right ? unit.seq_k - seq_q : 0;
     return unit;
 }

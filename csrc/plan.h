@@ -20,6 +20,7 @@ struct gqa_operand {
     bool swapped;
     int64_t lead[GQA_MAX_DIMS];
     int64_t head, row, column;
+    const int64_t *starts; /* packed: sequence b's rows begin at starts[b]; else NULL */
 };
 
 /* How rows are laid out: few at a time, or in lanes.  Rows of a kv head are its group's heads within
@@ -33,7 +34,7 @@ struct gqa_form {
 
 struct gqa_plan {
     const struct gqa_kernels *kernels;
-    struct gqa_operand query, key, value, mask, out, lse;
+    struct gqa_operand query, key, value, mask, out, lse, weights;
     struct gqa_operand slopes, sinks;                  /* columns are heads */
     struct gqa_operand query_lengths, kv_lengths;      /* int64, neither head, row nor column */
     struct gqa_operand query_positions, key_positions; /* int64, columns are positions */
@@ -46,7 +47,9 @@ struct gqa_plan {
     double scale, softcap;
     bool lower_right;
     int64_t left, right; /* the window around p_i, causal taken in; GQA_FAR where open */
-    bool biased;         /* the bias tile is in use: a mask, slopes or key positions */
+    double dropout_p;
+    uint64_t seed;
+    bool biased; /* the bias tile is in use: a mask, slopes or key positions */
 
     struct gqa_form lanes, few;
     const struct gqa_form *form; /* of a sequence without padding: what the cut counts with */

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "bias.h"
+#include "weigh.h"
 
 enum {
     CACHE_LINE = 64,
@@ -46,6 +47,8 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->lo = take(&cursor, tile_rows * real);
     work->hi = take(&cursor, tile_rows * real);
     work->alpha = take(&cursor, tile_rows * real);
+    work->final_m = take(&cursor, plan->weights.data ? tile_rows * real : 0);
+    work->final_l = take(&cursor, plan->weights.data ? tile_rows * real : 0);
     work->slope = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
     work->row_at = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
     work->key_at = take(&cursor, plan->slopes.data ? GQA_KEY_TILE * real : 0);
@@ -164,6 +167,10 @@ static void lay_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit,
     }
 }
 
+static int lanes_of(const struct gqa_plan *plan, const struct step *step) {
+    return (int)gqa_round_up(step->rows, plan->kernels->lanes);
+}
+
 /* A masked slot's weight is 0, and 0 * NaN would leak: whether it could. */
 static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
     if (step->masked && keys->state == UNKNOWN) {
@@ -174,20 +181,6 @@ static bool needs_care(const struct gqa_plan *plan, const struct step *step, str
     return step->masked && keys->state == NOT_FINITE;
 }
 
-static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
-                         const struct step *step, struct key_tile *keys, const char *key, const char *value) {
-    const struct gqa_kernels *kernels = plan->kernels;
-    const int lanes = (int)gqa_round_up(step->rows, kernels->lanes), row_tile = kernels->row_tile;
-    const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
-    kernels->outer(work->scores, row_tile, NULL, query_tile(plan, unit, work, tile), row_tile, lanes, key,
-                   keys->key.stride, 1, count, head_dim);
-    kernels->soften_lanes(work->scores, plan->biased ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
-                          lanes, count, plan->softcap, step->m, step->l, work->alpha);
-    gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_careful : kernels->outer;
-    outer(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1, keys->value.stride, (int)plan->v_dim,
-          count);
-}
-
 /* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
 static void fetch_rows(const struct gqa_plan *plan, const char *rows, ptrdiff_t stride, int64_t width) {
     const int64_t real = (int64_t)plan->kernels->real_size;
@@ -196,35 +189,84 @@ static void fetch_rows(const struct gqa_plan *plan, const char *rows, ptrdiff_t 
             __builtin_prefetch((const void *)((uintptr_t)rows + (uintptr_t)(i * stride * real + byte)), 0, 2);
 }
 
-static void attend_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
-                       const struct step *step, struct key_tile *keys, const char *key, const char *value) {
+/* The step's first row among rows of a key tile. */
+static const char *from_first(const struct gqa_plan *plan, const struct step *step, const struct key_tile *keys,
+                              const struct gqa_rows *rows) {
+    return rows->data + (step->first - keys->first) * rows->stride * (int64_t)plan->kernels->real_size;
+}
+
+static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                  const struct step *step, const struct key_tile *keys) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int64_t real = (int64_t)kernels->real_size;
-    const int count = (int)(step->end - step->first), rows = step->rows;
-    const ptrdiff_t q_stride = (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes);
-    kernels->dot(work->scores, query_tile(plan, unit, work, tile), q_stride, rows, key, keys->key.stride, count,
-                 (int)plan->head_dim);
-    fetch_rows(plan, value, keys->value.stride, plan->v_dim);
-    kernels->soften_rows(work->scores, plan->biased ? work->bias : NULL, step->masked ? work->lo : NULL,
-                         step->masked ? work->hi : NULL, rows, count, plan->softcap, step->m, step->l, work->alpha);
-    if (memcmp(work->alpha, work->ones, (size_t)(rows * real))) /* rare once the maximum is found */
-        kernels->blend(step->o, NULL, unit->form->o_lanes, rows, unit->form->o_lanes, work->alpha, NULL, true);
-    fetch_rows(plan, key + count * keys->key.stride * real, keys->key.stride, plan->head_dim);
-    gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_few_careful : kernels->outer_few;
-    outer(step->o, unit->form->o_lanes, work->ones, value, keys->value.stride, (int)plan->v_dim, work->scores,
-          GQA_KEY_TILE, 1, rows, count);
+    const char *query = query_tile(plan, unit, work, tile), *key = from_first(plan, step, keys, &keys->key);
+    const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim, row_tile = kernels->row_tile;
+    if (unit->form->few)
+        kernels->dot(work->scores, query, (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, key,
+                     keys->key.stride, count, head_dim);
+    else
+        kernels->outer(work->scores, row_tile, NULL, query, row_tile, lanes_of(plan, step), key, keys->key.stride, 1,
+                       count, head_dim);
+}
+
+/* Scores to weights, for rows whose maxima and sums so far are m and l. */
+static void soften(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                   const struct step *step, char *m, char *l) {
+    const int count = (int)(step->end - step->first);
+    const char *bias = plan->biased ? work->bias : NULL;
+    const char *lo = step->masked ? work->lo : NULL, *hi = step->masked ? work->hi : NULL;
+    if (step->masked) lay_bounds(plan, unit, work, tile, step);
+    if (plan->biased)
+        gqa_bias_tile(plan, unit, work, unit->first_row + tile * unit->form->tile_rows, step->rows, step->first, count);
+    if (unit->form->few)
+        plan->kernels->soften_rows(work->scores, bias, lo, hi, step->rows, count, plan->softcap, m, l, work->alpha);
+    else
+        plan->kernels->soften_lanes(work->scores, bias, lo, hi, lanes_of(plan, step), count, plan->softcap, m, l,
+                                    work->alpha);
+}
+
+static struct gqa_slots slots_of(const struct gqa_unit *unit, int64_t tile, const struct step *step) {
+    return (struct gqa_slots){
+        .first_row = unit->first_row + tile * unit->form->tile_rows,
+        .rows = step->rows,
+        .first_key = step->first,
+        .keys = (int)(step->end - step->first),
+        .row_stride = unit->form->few ? GQA_KEY_TILE : 1,
+        .key_stride = unit->form->few ? 1 : (ptrdiff_t)unit->form->tile_rows,
+    };
+}
+
+static void add_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                       const struct step *step, struct key_tile *keys) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int count = (int)(step->end - step->first), rows = step->rows, o_lanes = unit->form->o_lanes;
+    const int v_dim = (int)plan->v_dim, row_tile = kernels->row_tile;
+    const char *value = from_first(plan, step, keys, &keys->value);
+    const bool care = needs_care(plan, step, keys);
+    if (!unit->form->few) {
+        gqa_outer *outer = care ? kernels->outer_careful : kernels->outer;
+        outer(step->o, row_tile, work->alpha, work->scores, row_tile, lanes_of(plan, step), value, 1,
+              keys->value.stride, v_dim, count);
+        return;
+    }
+    if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
+        kernels->blend(step->o, NULL, o_lanes, rows, o_lanes, work->alpha, NULL, true);
+    gqa_outer *outer = care ? kernels->outer_few_careful : kernels->outer_few;
+    outer(step->o, o_lanes, work->ones, value, keys->value.stride, v_dim, work->scores, GQA_KEY_TILE, 1, rows, count);
 }
 
 static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
                    const struct step *step, struct key_tile *keys) {
-    const int64_t skipped = (step->first - keys->first) * (int64_t)plan->kernels->real_size;
-    const char *key = keys->key.data + skipped * keys->key.stride;
-    const char *value = keys->value.data + skipped * keys->value.stride;
-    if (step->masked) lay_bounds(plan, unit, work, tile, step);
-    if (plan->biased)
-        gqa_bias_tile(plan, unit, work, unit->first_row + tile * unit->form->tile_rows, step->rows, step->first,
-                      (int)(step->end - step->first));
-    (unit->form->few ? attend_few : attend_lanes)(plan, unit, work, tile, step, keys, key, value);
+    const int64_t next_key = keys->end - keys->first, real = (int64_t)plan->kernels->real_size;
+    score(plan, unit, work, tile, step, keys);
+    if (unit->form->few) fetch_rows(plan, keys->value.data, keys->value.stride, plan->v_dim);
+    soften(plan, unit, work, tile, step, step->m, step->l);
+    if (plan->dropout_p > 0) {
+        const struct gqa_slots slots = slots_of(unit, tile, step);
+        gqa_drop_out(plan, unit, &slots, work->scores);
+    }
+    if (unit->form->few)
+        fetch_rows(plan, keys->key.data + next_key * keys->key.stride * real, keys->key.stride, plan->head_dim);
+    add_values(plan, unit, work, step, keys);
 }
 
 static void clear(const struct gqa_plan *plan, const struct gqa_form *form, char *part, int64_t tiles) {
@@ -247,6 +289,37 @@ void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, str
         for (int64_t tile = 0; tile < tiles && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first < step.end) attend(plan, unit, work, tile, &step, &keys);
+        }
+        first = next;
+    }
+}
+
+/* The weights of one step: rows' maxima m and sums l are final. */
+static void weigh(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                  const struct step *step, const struct key_tile *keys) {
+    const bool few = unit->form->few;
+    const struct gqa_slots slots = slots_of(unit, tile, step);
+    const size_t stats = (size_t)unit->form->stats * plan->kernels->real_size;
+    memcpy(work->final_m, step->m, stats);
+    memcpy(work->final_l, step->l, stats);
+    score(plan, unit, work, tile, step, keys);
+    soften(plan, unit, work, tile, step, work->final_m, work->final_l);
+    plan->kernels->divide(work->scores, few ? GQA_KEY_TILE : unit->form->tile_rows, few ? step->rows : slots.keys,
+                          few ? (int)gqa_round_up(slots.keys, plan->kernels->lanes) : lanes_of(plan, step), step->l,
+                          few);
+    if (plan->dropout_p > 0) gqa_drop_out(plan, unit, &slots, work->scores);
+    gqa_weights_store(plan, unit, &slots, work->scores);
+}
+
+void gqa_unit_weights(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
+                      int64_t first, int64_t end, struct gqa_job *job) {
+    while (first < end && !gqa_job_stopped(job)) {
+        const int64_t next = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE;
+        struct key_tile keys = {.first = first, .end = gqa_min(next, end)};
+        load_keys(plan, unit, work, &keys);
+        for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows; tile++) {
+            const struct step step = find_step(plan, unit, work, tile, &keys, part);
+            if (step.first < step.end) weigh(plan, unit, work, tile, &step, &keys);
         }
         first = next;
     }

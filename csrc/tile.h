@@ -15,6 +15,7 @@ struct gqa_work {
     char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): rows that do not lie plainly */
     char *row;                /* one row of anything */
     char *lo, *hi, *alpha;    /* (stats,) */
+    char *final_m, *final_l;  /* (stats,) copies, when weights are wanted */
     char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first key's */
     char *key_at;             /* (GQA_KEY_TILE,) the same of keys */
     char *ones;               /* (stats or o_lanes,), all 1 */
@@ -33,5 +34,9 @@ void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, st
 /* The part of keys first <= j < end (within one span): outputs not yet divided, maxima and sums. */
 void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                    int64_t first, int64_t end, struct gqa_job *job);
+
+/* Writes the weights of keys first <= j < end, from a part whose maxima and sums are final. */
+void gqa_unit_weights(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
+                      int64_t first, int64_t end, struct gqa_job *job);
 
 #endif

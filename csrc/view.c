@@ -6,8 +6,8 @@ static bool lies_plainly(const struct gqa_kernels *kernels, const struct gqa_ope
                          int64_t width) {
     const int64_t size = (int64_t)kernels->real_size;
     const enum gqa_dtype own = kernels->real_size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
-    return operand->dtype == own && !operand->swapped && (operand->column == size || width <= 1) && operand->row % size == 0 &&
-           (uintptr_t)at % (uintptr_t)size == 0;
+    return operand->dtype == own && !operand->swapped && (operand->column == size || width <= 1) &&
+           operand->row % size == 0 && (uintptr_t)at % (uintptr_t)size == 0;
 }
 
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
@@ -19,15 +19,4 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
         kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, 1, row + i * operand->row,
                       operand->column, operand->dtype, operand->swapped, (int)width);
     return (struct gqa_rows){scratch, (ptrdiff_t)width};
-}
-
-double gqa_get(const struct gqa_kernels *kernels, const void *reals, int64_t index) {
-    return kernels->real_size == sizeof(float) ? (double)((const float *)reals)[index] : ((const double *)reals)[index];
-}
-
-void gqa_put(const struct gqa_kernels *kernels, void *reals, int64_t index, double x) {
-    if (kernels->real_size == sizeof(float))
-        ((float *)reals)[index] = (float)x;
-    else
-        ((double *)reals)[index] = x;
 }

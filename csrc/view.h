@@ -15,8 +15,4 @@ struct gqa_rows {
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                               int64_t first, int64_t count, int64_t width, void *scratch);
 
-/* One statistic: reals as double. */
-double gqa_get(const struct gqa_kernels *kernels, const void *reals, int64_t index);
-void gqa_put(const struct gqa_kernels *kernels, void *reals, int64_t index, double x);
-
 #endif
