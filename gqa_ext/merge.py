@@ -15,9 +15,8 @@ CALL = "merge_attention"
 def merge_attention(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> tuple[Array, Array]:
     """Merge attention over disjoint sets of keys into attention over all of them.
 
-    The part p of a row weighs exp(lse[p] - lse), where lse is the logarithm of the sum of all exp(lse[p]):
-    exact, and what ring attention and FlashDecoding do between devices or blocks. Computed in float64 whatever
-    the dtype, and rounded once.
+    Part p of a row weighs exp(lse[p]) / sum(exp(lse)), which is exact; ring attention (arXiv:2310.01889) and
+    FlashDecoding merge so. Computed in float64 whatever the dtype, and rounded once.
 
     Parameters
     ----------
@@ -60,15 +59,16 @@ def merge_attention(outs: Iterable[ArrayLike], lses: Iterable[ArrayLike]) -> tup
     parts = _as_parts(outs, lses)
     out_dtype, lse_dtype = (native(array.dtype) for array in parts[0])
     with np.errstate(all="ignore"):  # inf - inf and NaN of parts that are left out
-        exponents = np.stack([lse.astype(np.float64) for _, lse in parts])
-        top = exponents.max(axis=0)
-        shift = np.where(top == -np.inf, 0.0, top)
-        lse = shift + np.log(np.exp(exponents - shift).sum(axis=0))
-        weights = np.exp(exponents - np.where(lse == -np.inf, 0.0, lse))
-        total = np.zeros(parts[0][0].shape)
-        for (out, _), weight, exponent in zip(parts, weights, exponents, strict=True):
-            np.add(total, weight[..., None] * out.astype(np.float64), out=total, where=(exponent != -np.inf)[..., None])
-        return total.astype(out_dtype), lse.astype(lse_dtype)
+        lses64 = np.stack([lse.astype(np.float64) for _, lse in parts])
+        top = lses64.max(axis=0)
+        top = np.where(top == -np.inf, 0.0, top)
+        weights = np.exp(lses64 - top)
+        total = weights.sum(axis=0)
+        weights /= np.where(total == 0, 1.0, total)
+        merged = np.zeros(parts[0][0].shape)
+        for (out, _), weight, lse64 in zip(parts, weights, lses64, strict=True):
+            np.add(merged, weight[..., None] * out.astype(np.float64), out=merged, where=(lse64 != -np.inf)[..., None])
+        return merged.astype(out_dtype), (top + np.log(total)).astype(lse_dtype)
 
 
 def _as_parts(outs: Any, lses: Any) -> list[tuple[Array, Array]]:
