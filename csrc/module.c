@@ -181,24 +181,35 @@ static enum gqa_status take_gil(struct released *gil, enum gqa_status status) {
 
 /* ---- attention ---- */
 
-enum { LEFT, RIGHT, SOFTCAP, SLOPES, SINKS, QUERY_LENGTHS, KV_LENGTHS, QUERY_POSITIONS, KEY_POSITIONS, RULES };
+enum { LEFT, RIGHT, SOFTCAP, SLOPES, SINKS, QUERY_LENGTHS, KV_LENGTHS, QUERY_POSITIONS, KEY_POSITIONS };
+enum { CU_SEQLENS_Q = KEY_POSITIONS + 1, CU_SEQLENS_K, DROPOUT_P, SEED, WEIGHTS, RULES };
 
-static bool to_rules(const struct state *state, PyObject *object, struct gqa_attention *problem) {
-    PyObject *const none[RULES] = {Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None};
-    PyObject *const *rules = none;
-    bool has_softcap;
-    if (object != Py_None) {
-        if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != RULES) return false;
-        rules = PySequence_Fast_ITEMS(object);
-    }
-    return to_side(rules[LEFT], &problem->left) && to_side(rules[RIGHT], &problem->right) &&
-           to_optional_double(rules[SOFTCAP], &problem->softcap, &has_softcap) &&
-           to_optional_array(state, rules[SLOPES], &problem->alibi_slopes) &&
+static bool to_rule_arrays(const struct state *state, PyObject *const *rules, struct gqa_attention *problem) {
+    return to_optional_array(state, rules[SLOPES], &problem->alibi_slopes) &&
            to_optional_array(state, rules[SINKS], &problem->sinks) &&
            to_optional_array(state, rules[QUERY_LENGTHS], &problem->query_lengths) &&
            to_optional_array(state, rules[KV_LENGTHS], &problem->kv_lengths) &&
            to_optional_array(state, rules[QUERY_POSITIONS], &problem->query_positions) &&
-           to_optional_array(state, rules[KEY_POSITIONS], &problem->key_positions);
+           to_optional_array(state, rules[KEY_POSITIONS], &problem->key_positions) &&
+           to_optional_array(state, rules[CU_SEQLENS_Q], &problem->cu_seqlens_q) &&
+           to_optional_array(state, rules[CU_SEQLENS_K], &problem->cu_seqlens_k) &&
+           to_optional_array(state, rules[WEIGHTS], &problem->weights);
+}
+
+static bool to_rules(const struct state *state, PyObject *object, struct gqa_attention *problem) {
+    PyObject *none[RULES];
+    PyObject *const *rules = none;
+    bool has_softcap, has_dropout;
+    for (int i = 0; i < RULES; i++) none[i] = Py_None;
+    if (object != Py_None) {
+        if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != RULES) return false;
+        rules = PySequence_Fast_ITEMS(object);
+    }
+    problem->seed = PyLong_Check(rules[SEED]) ? PyLong_AsUnsignedLongLongMask(rules[SEED]) : 0;
+    return to_side(rules[LEFT], &problem->left) && to_side(rules[RIGHT], &problem->right) &&
+           to_optional_double(rules[SOFTCAP], &problem->softcap, &has_softcap) &&
+           to_optional_double(rules[DROPOUT_P], &problem->dropout_p, &has_dropout) &&
+           to_rule_arrays(state, rules, problem);
 }
 
 enum { QUERY, KEY, VALUE, MASK, CAUSAL, ALIGNMENT, SCALE, GROUPED, SCORE_RULES, OUT, WANT_LSE, ATTENTION_ARGS };

@@ -124,29 +124,10 @@ def as_scale(thing: Any) -> float:
     return scale
 
 
-def check_dropout(thing: Any) -> None:
-    """A probability, and until dropout exists that of nothing."""
-    probability = as_real(ATTENTION, "dropout_p", thing, "pass dropout_p=0.0, and is_causal by its name")
-    if not 0.0 <= probability <= 1.0:
-        wanted = "a probability between 0 and 1 was wanted"
-        fail(ValueError, ATTENTION, f"dropout_p is {probability}", wanted, "pass dropout_p=0.0")
-    if probability:
-        refuse_keyword("dropout_p", thing, "0.0")
+def as_return_weights(thing: Any) -> bool:
+    """Whether the weights are wanted too."""
+    return as_flag(ATTENTION, "return_weights", thing)
 
-
-def refuse_missing(dropout_p: Any, return_weights: Any, rng: Any) -> None:
-    """What the contract has and this version does not: any that is switched on raises and is named."""
-    check_dropout(dropout_p)
-    if as_flag(ATTENTION, "return_weights", return_weights):
-        refuse_keyword("return_weights", True, "False")
-    if rng is not None:
-        refuse_keyword("rng", rng, "None")
-
-
-def refuse_keyword(name: str, setting: Any, off: str) -> None:
-    """A missing feature raises and is named."""
-    came = setting if isinstance(setting, (int, float, tuple, str)) else kind(setting)
-    fail(NotImplementedError, ATTENTION, f"{name} is {came}", f"{name} is not implemented yet", f"pass {name}={off}")
 
 
 def share_heads(query: Array, key: Array, value: Array) -> list[Array]:

@@ -42,12 +42,15 @@ query_lengths, kv_lengths : array_like of int, broadcasting to the leading dimen
 query_positions, key_positions : array_like of int, broadcasting to (..., Sq) and (..., Sk), optional
     Replace p_i and p_j in causality, window and ALiBi. A negative key position says that there is no
     such key, as in left padding. query_positions excludes causal_alignment.
-return_weights, rng
-    Not implemented yet, nor is ``dropout_p`` other than 0: NotImplementedError when switched on.""",
+rng : int, np.random.Generator or None
+    Where dropout's seed comes from: an int is the seed, a Generator gives one number for each call, None one
+    by chance.""",
     "out": """\
 return_lse : bool
     Also return the natural logarithm of the sum of exponentials of each row's scores, -inf for a row
     with no key (its sink, where there is one). ``merge_attention`` needs it.
+return_weights : bool
+    Also return what multiplied value, after dropout: an array of Sq x Sk numbers for each query head.
 out : ndarray, optional
     Where to write: exactly the shape and dtype of the result, any strides. May be query itself. Any
     other overlap with an input goes through a temporary.
@@ -57,16 +60,16 @@ Returns
 out : ndarray, (..., Hq, Sq, Dv)
     In query's dtype; a new array is C-contiguous and of native byte order.
 lse : ndarray, (..., Hq, Sq)
-    With ``return_lse`` only; float32, or float64 beside float64.""",
+    With ``return_lse`` only; float32, or float64 beside float64.
+weights : ndarray, (..., Hq, Sq, Sk)
+    With ``return_weights`` only, last; of lse's dtype, 0 where a slot is masked.""",
     "raises": """\
 Raises
 ------
 ValueError
     A shape or a value breaks the rules above. The message says which and how to mend it.
 TypeError
-    A dtype or a type does: integers, complex numbers, np.ma, float32 beside float64.
-NotImplementedError
-    A keyword is not implemented yet.""",
+    A dtype or a type does: integers, complex numbers, np.ma, float32 beside float64.""",
 }
 
 

@@ -29,6 +29,14 @@ class Rules(NamedTuple):
     kv_lengths: Array | None
     query_positions: Array | None
     key_positions: Array | None
+    cu_seqlens_q: Array | None = None  # int64, C-contiguous: packed sequences
+    cu_seqlens_k: Array | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+    weights: Array | None = None  # zeros that C writes the weights to
+
+
+NO_RULES = Rules(None, None, 0.0, *[None] * 6)
 
 
 def as_rules(
@@ -135,3 +143,30 @@ def as_integers(call: str, name: str, thing: Any) -> Array:
         wanted = "numbers that an int64 holds were wanted"
         fail(ValueError, call, f"{name} has {array.max()}", wanted, f"pass numbers up to {_MOST}")
     return array.astype(np.int64)
+
+
+def with_dropout(rules: Rules, dropout_p: Any, rng: Any) -> Rules:
+    """The rules and dropout; a Generator gives its one seed only where something can be dropped."""
+    probability = as_dropout(ATTENTION, dropout_p)
+    seed = as_seed(ATTENTION, rng) if probability or not isinstance(rng, np.random.Generator) else 0
+    return rules._replace(dropout_p=probability, seed=seed)
+
+
+def as_dropout(call: str, thing: Any) -> float:
+    """A probability."""
+    probability = as_real(call, "dropout_p", thing, "pass dropout_p=0.0, and is_causal by its name")
+    if not 0 <= probability <= 1:
+        fail(ValueError, call, f"dropout_p is {probability}", "a probability of 0 to 1 was wanted", "pass dropout_p=0.0")
+    return probability
+
+
+def as_seed(call: str, rng: Any) -> int:
+    """The number that dropout is a function of: an int as it is, one draw from a Generator, or one by chance."""
+    if rng is None:
+        rng = np.random.default_rng()
+    if isinstance(rng, np.random.Generator):
+        return int(rng.integers(2**63))
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, (bool, np.bool_)):
+        return int(rng) & (2**64 - 1)
+    wanted = "an int, a np.random.Generator or None was wanted"
+    fail(TypeError, call, f"rng is {kind(rng)}", wanted, "pass rng=0 or rng=np.random.default_rng(0)")

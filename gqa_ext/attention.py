@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _arguments, _core, _explain
 from ._docs import shared_docs
 from ._messages import Array, native
-from ._rules import Rules, as_rules
+from ._rules import NO_RULES, Rules, as_rules, with_dropout
 
 # query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules
 Problem: TypeAlias = tuple[Array, Array, Array, Array | None, bool, bool, float | None, bool, Rules | None]
@@ -42,7 +42,8 @@ def scaled_dot_product_attention(
     {query_key_value}
     {attn_mask}
     dropout_p : float
-        Only 0.0 for now.
+        Each weight becomes 0 with this probability and is divided by 1 - dropout_p otherwise; which ones, is a
+        function of (seed, sequence, head, row, key) only. The LSE does not change. Always applied, as in torch.
     is_causal : bool
         Row i sees no later key, p_j <= p_i. Both apply beside attn_mask. UserWarning if Sq != Sk and neither an
         alignment nor query_positions is given.
@@ -78,8 +79,6 @@ def scaled_dot_product_attention(
     if not (type(is_causal) is type(enable_gqa) is type(return_lse) is bool):
         is_causal, enable_gqa, return_lse = _arguments.as_flags(
             is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)  # fmt: skip
-    if not (rng is None and type(dropout_p) is float and dropout_p == 0.0 and return_weights is False):
-        _arguments.refuse_missing(dropout_p, return_weights, rng)
     lower_right = _arguments.is_lower_right(causal_alignment, is_causal and query_positions is None, query, key)
     if not enable_gqa:
         query, key, value = _arguments.share_heads(query, key, value)
@@ -89,8 +88,24 @@ def scaled_dot_product_attention(
         rules = as_rules(
             query, causal_alignment, window, softcap, alibi_slopes, sinks, query_lengths=query_lengths,
             kv_lengths=kv_lengths, query_positions=query_positions, key_positions=key_positions)  # fmt: skip
+    weights = None
+    if not (rng is None and type(dropout_p) is float and dropout_p == 0.0 and return_weights is False):
+        weights = _room_for_weights(query, key, value) if _arguments.as_return_weights(return_weights) else None
+        rules = with_dropout(rules or NO_RULES, dropout_p, rng)._replace(weights=weights)
     problem = (query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules)
-    return _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
+    result = _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
+    if weights is None:
+        return result
+    return (*result, weights) if return_lse else (result, weights)
+
+
+def _room_for_weights(query: Array, key: Array, value: Array) -> Array | None:
+    """Zeros (..., Hq, Sq, Sk) for C to write to; None where the shapes do not fit, which C will say."""
+    try:
+        shape = (*_explain.output_shape(query, key, value)[:-1], key.shape[-2])
+    except (ValueError, IndexError):
+        return None
+    return np.zeros(shape, np.float64 if query.dtype.itemsize == 8 else np.float32)
 
 
 def _attend_into(out: Array, problem: Problem, return_lse: bool) -> Any:
