@@ -16,6 +16,7 @@ from .attention import kv_cache_nbytes, repeat_kv, scaled_dot_product_attention 
 from .bias import get_alibi_slopes  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .module import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention  # noqa: E402
+from .packed import varlen_attention  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -33,4 +34,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_num_threads",
     "testing",
+    "varlen_attention",
 ]

@@ -156,7 +156,8 @@ def as_dropout(call: str, thing: Any) -> float:
     """A probability."""
     probability = as_real(call, "dropout_p", thing, "pass dropout_p=0.0, and is_causal by its name")
     if not 0 <= probability <= 1:
-        fail(ValueError, call, f"dropout_p is {probability}", "a probability of 0 to 1 was wanted", "pass dropout_p=0.0")
+        wanted = "a probability between 0 and 1 was wanted"
+        fail(ValueError, call, f"dropout_p is {probability}", wanted, "pass dropout_p=0.0")
     return probability
 
 
@@ -166,7 +167,7 @@ def as_seed(call: str, rng: Any) -> int:
         rng = np.random.default_rng()
     if isinstance(rng, np.random.Generator):
         return int(rng.integers(2**63))
-    if isinstance(rng, (int, np.integer)) and not isinstance(rng, (bool, np.bool_)):
-        return int(rng) & (2**64 - 1)
-    wanted = "an int, a np.random.Generator or None was wanted"
-    fail(TypeError, call, f"rng is {kind(rng)}", wanted, "pass rng=0 or rng=np.random.default_rng(0)")
+    if isinstance(rng, (bool, np.bool_)) or not isinstance(rng, (int, np.integer)):
+        wanted = "an int, a np.random.Generator or None was wanted"
+        fail(TypeError, call, f"rng is {kind(rng)}", wanted, "pass rng=0 or rng=np.random.default_rng(0)")
+    return int(rng) & (2**64 - 1)
