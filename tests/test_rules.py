@@ -209,6 +209,20 @@ def test_far_ends_of_int64_do_not_wrap() -> None:
     assert np.isfinite(lse[..., 0]).all()
 
 
+def test_alibi_beside_keys_far_away(isa: str) -> None:
+    """A distance is as exact as float32 can hold it, whatever lies at the other keys of its tile."""
+    plain = rules.problem(Mix(seq_k=40))
+    p_j = 2**30 + np.arange(40)
+    p_i = 2**30 + np.array([3, 20, 39])
+    slopes = np.full(4, 0.25, np.float32)
+    for first in (-1, 0, 7):  # absent, or far from all others: it weighs nothing
+        given = replace(plain, query_positions=p_i, key_positions=np.r_[first, p_j[1:]], alibi_slopes=slopes)
+        out, lse = agree(given, isa, f"first key at {first}")
+        near, near_lse = attend(replace(given, key_positions=np.r_[-1, p_j[1:]]))
+        np.testing.assert_allclose(out, near, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse, near_lse, rtol=1e-6)
+
+
 DROPPING = ("window", "kv_lengths", "key_positions", "bool_mask", "float_mask", "causal", "causal_lower_right")
 
 
