@@ -124,12 +124,6 @@ def as_scale(thing: Any) -> float:
     return scale
 
 
-def as_return_weights(thing: Any) -> bool:
-    """Whether the weights are wanted too."""
-    return as_flag(ATTENTION, "return_weights", thing)
-
-
-
 def share_heads(query: Array, key: Array, value: Array) -> list[Array]:
     """enable_gqa=False, as in torch: heads broadcast like any dimension, so 1 goes with any number.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from . import _core
 from ._messages import ANY_FLOAT, ATTENTION, FLOATS, Array, brief, count, fail, fits, heads, kind, native, shapes
+from ._rules import Rules
 
 # ---- attention ----
 
@@ -185,22 +186,24 @@ def check_scale(scale: Any) -> None:
 
 def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) -> None:
     """The arrays that _rules.py made, against the shapes of the others; ``shape`` is the output's."""
-    if not isinstance(rules, tuple) or len(rules) != 9:
+    if not isinstance(rules, Rules):
         fail(TypeError, ATTENTION, f"rules is {kind(rules)}", "_rules.Rules was wanted", "pass each rule by its name")
-    *_, slopes, _, query_lengths, kv_lengths, query_positions, key_positions = rules
     leading, seq_q, seq_k = shape[:-3], shape[-2], key.shape[-2]
     where = f"({shapes(query=query, key=key)})"
-    if slopes is not None:
+    if rules.alibi_slopes is not None:
         wanted = f"(query heads,) or (..., query heads) was wanted {where}"
         fix = f"pass gqa_ext.get_alibi_slopes({heads(query)}), or one slope for each query head"
-        check_spread("alibi_slopes", slopes, (*leading, heads(query)), wanted, fix)
+        check_spread("alibi_slopes", rules.alibi_slopes, (*leading, heads(query)), wanted, fix)
     for name, lengths, rows, most in (
-        ("query_lengths", query_lengths, "query rows", seq_q),
-        ("kv_lengths", kv_lengths, "key rows", seq_k),
+        ("query_lengths", rules.query_lengths, "query rows", seq_q),
+        ("kv_lengths", rules.kv_lengths, "key rows", seq_k),
     ):
         if lengths is not None:
             check_lengths(name, lengths, leading, rows, most, where)
-    for name, positions, seq in (("query_positions", query_positions, seq_q), ("key_positions", key_positions, seq_k)):
+    for name, positions, seq in (
+        ("query_positions", rules.query_positions, seq_q),
+        ("key_positions", rules.key_positions, seq_k),
+    ):
         if positions is not None:
             wanted = f"one position for each row was wanted, broadcasting to {(*leading, seq)} {where}"
             check_spread(name, positions, (*leading, seq), wanted, f"pass {seq} positions, or {(*leading, seq)}")

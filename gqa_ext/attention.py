@@ -12,7 +12,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _core, _explain
+from . import _arguments, _core, _explain, _messages
 from ._docs import shared_docs
 from ._messages import Array, native
 from ._rules import NO_RULES, Rules, as_rules, with_dropout
@@ -90,7 +90,8 @@ def scaled_dot_product_attention(
             kv_lengths=kv_lengths, query_positions=query_positions, key_positions=key_positions)  # fmt: skip
     weights = None
     if not (rng is None and type(dropout_p) is float and dropout_p == 0.0 and return_weights is False):
-        weights = _room_for_weights(query, key, value) if _arguments.as_return_weights(return_weights) else None
+        wanted = _arguments.as_flag(_messages.ATTENTION, "return_weights", return_weights)
+        weights = _room_for_weights(query, key, value) if wanted else None
         rules = with_dropout(rules or NO_RULES, dropout_p, rng)._replace(weights=weights)
     problem = (query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules)
     result = _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
