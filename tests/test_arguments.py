@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gqa_ext
-from gqa_ext import _runtime, attention, kv_cache_nbytes, repeat_kv, scaled_dot_product_attention, testing
+from gqa_ext import _runtime, attention, bias, kv_cache_nbytes, merge, repeat_kv, scaled_dot_product_attention, testing
 
 RNG = np.random.default_rng(5)
 QUERY = RNG.normal(size=(2, 8, 5, 16)).astype(np.float32)
@@ -114,6 +114,83 @@ def test_torch_tensors_are_array_likes() -> None:
         attend(key=torch.from_numpy(KEY).bfloat16())
 
 
+# ---- the rules ----
+
+
+@pytest.mark.parametrize("window", [[2, 1], (np.int8(2), np.uint64(1)), np.array([2, 1])])
+def test_windows_of_any_integers(window: Any) -> None:
+    np.testing.assert_array_equal(attend(window=window), attend(window=(2, 1)))
+    assert (attend(window=window) != attend()).any()
+
+
+def test_an_open_window_is_none() -> None:
+    for window in ((None, None), (10**30, None), np.array([9, 9])):
+        np.testing.assert_allclose(attend(window=window), attend(), rtol=1e-6)
+    np.testing.assert_array_equal(attend(window=(10**30, 0)), attend(window=(None, 0)))
+
+
+@pytest.mark.parametrize("softcap", [2, np.float16(2), np.int64(2), np.array(2.0)])
+def test_real_numbers_are_softcaps(softcap: Any) -> None:
+    np.testing.assert_array_equal(attend(softcap=softcap), attend(softcap=2.0))
+
+
+NUMBERS = [np.int8, np.uint32, np.float16, "bfloat16", ">f4", ">f8", np.float64]
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+def test_sinks_and_slopes_of_any_real_dtype(name: str, dtype: Any) -> None:
+    numbers = np.arange(8)
+    wanted = attend(**{name: numbers.astype(np.float32)})
+    np.testing.assert_array_equal(attend(**{name: numbers.astype(dtype)}), wanted)
+    np.testing.assert_array_equal(attend(**{name: numbers.tolist()}), wanted)
+
+
+def test_lengths_are_ints_lists_or_arrays_without_a_batch_too() -> None:
+    wanted = attend(kv_lengths=np.array([3, 3]))
+    for lengths in (3, np.int8(3), np.array(3), [3], (3, 3), np.broadcast_to(np.uint64(3), 2)):
+        np.testing.assert_array_equal(attend(kv_lengths=lengths), wanted)
+    one = {"query": QUERY[0, 0], "key": KEY[0, 0], "value": VALUE[0, 0], "kv_lengths": 3}
+    np.testing.assert_allclose(attend(**one), wanted[0, 0], rtol=1e-5, atol=1e-6)
+    assert attend(query=QUERY[:0], key=KEY[:0], value=VALUE[:0], kv_lengths=[]).shape == (0, 8, 5, 9)
+
+
+def test_lengths_broadcast_over_several_leading_dimensions() -> None:
+    query, key, value = (np.stack([array] * 3) for array in (QUERY, KEY, VALUE))
+    for lengths in ([2, 4], [[1], [2], [3]], [[1, 2], [3, 4], [5, 0]]):
+        out = attend(query=query, key=key, value=value, kv_lengths=lengths)
+        for i, j in np.ndindex(3, 2):
+            part = {"query": QUERY[j], "key": KEY[j], "value": VALUE[j]}
+            length = int(np.broadcast_to(lengths, (3, 2))[i, j])
+            np.testing.assert_allclose(out[i, j], attend(**part, kv_lengths=length), rtol=1e-5, atol=1e-6)
+
+
+def test_rules_go_with_heads_that_broadcast() -> None:
+    """enable_gqa=False lets one query head meet many key heads: a sink for each of those."""
+    arrays = {"query": QUERY[:, :1], "key": np.repeat(KEY, 4, 1), "value": np.repeat(VALUE, 4, 1)}
+    wide = {**arrays, "query": np.repeat(QUERY[:, :1], 8, 1)}
+    rules = {"sinks": np.arange(8.0), "alibi_slopes": np.arange(8.0)}
+    np.testing.assert_array_equal(attend(**arrays, **rules, enable_gqa=False), attend(**wide, **rules))
+    with pytest.raises(ValueError, match=r"sinks has shape \(1,\); one logit for each query head, \(8,\)"):
+        attend(**arrays, sinks=[0.0], enable_gqa=False)
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_out_may_lie_over_a_rule(name: str) -> None:
+    numbers = np.arange(8, dtype=np.float32)
+    wanted = attend(**{name: numbers})
+    out = np.empty((2, 8, 5, 9), np.float32)
+    out.reshape(-1)[:8] = numbers
+    np.testing.assert_array_equal(attend(**{name: out.reshape(-1)[:8]}, out=out), wanted)
+
+
+def test_torch_tensors_are_rules() -> None:
+    torch = pytest.importorskip("torch")
+    rules = {"kv_lengths": [3, 5], "sinks": [0.5] * 8, "key_positions": list(range(5)), "window": (2, 2)}
+    tensors = {name: rule if name == "window" else torch.tensor(rule) for name, rule in rules.items()}
+    np.testing.assert_array_equal(attend(**tensors), attend(**rules))
+
+
 # ---- the warning ----
 
 
@@ -190,7 +267,10 @@ def test_set_num_threads_is_read_back() -> None:
         gqa_ext.set_num_threads(before)
 
 
-@pytest.mark.parametrize("module", [gqa_ext, attention, testing, _runtime], ids=lambda module: module.__name__)
+MODULES = [gqa_ext, attention, bias, merge, testing, _runtime]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_examples_run(module: Any) -> None:
     before = gqa_ext.get_num_threads()
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
