@@ -151,7 +151,7 @@ class Projections:
         return left
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training mode, which will switch dropout on; returns the layer."""
+        """Switch to training mode, which switches dropout on; returns the layer."""
         self.training = as_flag(f"{type(self).__name__}.train", "mode", mode)
         return self
 

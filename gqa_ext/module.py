@@ -27,7 +27,6 @@ from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
 from ._projections import Projections
 from ._rules import as_sinks, as_softcap, as_window
-from ._weights import attention_weights
 from .attention import scaled_dot_product_attention
 from .convert.methods import pool_heads
 
@@ -55,7 +54,7 @@ class GroupedQueryAttention(Projections):
     out_bias : bool, optional
         Whether the output projection has one. Default `bias`.
     dropout : float
-        Only 0.0 for now.
+        Probability with which each weight becomes 0 in training mode; the others are divided by 1 - dropout.
     scale : float, optional
         Of scores. Default ``1 / sqrt(head_dim)``.
     window : (int or None, int or None), optional
@@ -72,8 +71,8 @@ class GroupedQueryAttention(Projections):
     dtype : {'float32', 'float64'}
         Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet.
     rng : int or numpy.random.Generator, optional
-        Seeds the initial weights: uniform in +-sqrt(6 / (in + out)) for each projection (Glorot and Bengio, 2010, what
-        torch.nn.MultiheadAttention does), drawn in the order q, k, v, o; biases are 0.
+        Seeds dropout and the initial weights: uniform in +-sqrt(6 / (in + out)) for each projection (Glorot and
+        Bengio, 2010, what torch.nn.MultiheadAttention does), drawn in the order q, k, v, o; biases are 0.
 
     Attributes
     ----------
@@ -143,6 +142,7 @@ class GroupedQueryAttention(Projections):
         self.bias = as_flag(call, "bias", bias)
         self.out_bias = self.bias if out_bias is None else as_flag(call, "out_bias", out_bias)
         self.dropout = as_dropout(call, dropout)
+        self.rng = as_rng(call, rng)
         self.scale = as_scale(call, scale)
         self.window = None if window is None else as_window(call, window)
         self.softcap = None if softcap is None else as_softcap(call, softcap) or None
@@ -152,7 +152,7 @@ class GroupedQueryAttention(Projections):
         v_dim, o_dim = self.num_kv_heads * self.v_head_dim, self.num_heads * self.v_head_dim
         super().__init__(
             (q_dim, self.embed_dim), (k_dim, self.kv_embed_dim), (v_dim, self.kv_embed_dim), (self.embed_dim, o_dim),
-            bias=self.bias, out_bias=self.out_bias, dtype=self.dtype, rng=as_rng(call, rng),
+            bias=self.bias, out_bias=self.out_bias, dtype=self.dtype, rng=self.rng,
             sinks=None if sinks is None else as_sinks(call, sinks, self.num_heads),
         )  # fmt: skip
 
@@ -198,7 +198,7 @@ class GroupedQueryAttention(Projections):
         -------
         out : ndarray (B, N, embed_dim) or (N, embed_dim)
         weights : ndarray (B, num_heads, N, Nk) or (num_heads, N, Nk)
-            Only with `need_weights`: what multiplied the values, 0 in masked slots.
+            Only with `need_weights`: what multiplied the values, dropout included; 0 in masked slots.
 
         Raises
         ------
@@ -215,21 +215,22 @@ class GroupedQueryAttention(Projections):
         mask = None if attn_mask is None else as_mask(attn_mask)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
         causal, weighed = as_flag(call, "is_causal", is_causal), as_flag(call, "need_weights", need_weights)
-        rules = self._rules() | {"is_causal": causal, "kv_lengths": kv_lengths}
+        rules = self._rules() | {"is_causal": causal, "kv_lengths": kv_lengths, "return_weights": weighed}
+        if self.training:
+            rules |= {"dropout_p": self.dropout, "rng": self.rng}
 
         q = _split(self.q_proj(query), self.num_heads)
         k = _split(self.k_proj(key), self.num_kv_heads)
         v = _split(self.v_proj(value), self.num_kv_heads)
         leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
-        scaled_dot_product_attention(q, k, v, mask, out=attended.swapaxes(-2, -3), **rules)
+        result = scaled_dot_product_attention(q, k, v, mask, out=attended.swapaxes(-2, -3), **rules)
         if heads is not None:
             attended *= heads[:, None]
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
         if not weighed:
             return out
-        weights = attention_weights(np.broadcast_to(q, (*leading, *q.shape[-3:])), k, mask, **rules)
-        return out, weights if heads is None else weights * heads[:, None, None]
+        return out, result[1] if heads is None else result[1] * heads[:, None, None]
 
     def _rules(self) -> dict[str, Any]:
         """What the constructor says of scores, as keywords of scaled_dot_product_attention."""
@@ -271,8 +272,6 @@ class GroupedQueryAttention(Projections):
             A source that is no such layer, or a number of heads that does not fit it.
         TypeError
             A source or argument of another kind.
-        NotImplementedError
-            A source with dropout.
         """
         mha = read_mha(source, num_heads)
         number = as_int(FROM_MHA, "num_kv_heads", num_kv_heads, 1)
@@ -280,7 +279,7 @@ class GroupedQueryAttention(Projections):
             came = f"num_kv_heads is {number} for a source with {mha.num_kv_heads} key/value heads"
             fail(ValueError, FROM_MHA, came, "a divisor of those was wanted", f"pass {mha.num_kv_heads} or a divisor")
         if isinstance(source, GroupedQueryAttention):
-            mha.options.update(source._rules())
+            mha.options.update(source._rules(), dropout=source.dropout)
         layer = GroupedQueryAttention(mha.embed_dim, mha.num_heads, number, **mha.options)
         pooled = {
             name: pool_heads(array, mha.num_kv_heads, number, method=method) if name[0] in "kv" else array

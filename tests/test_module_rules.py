@@ -99,6 +99,39 @@ def test_without_batch_and_with_one_that_is_shared() -> None:
     np.testing.assert_allclose(-both[1], layer(query, key, kv_lengths=2), **TOLERANCE)
 
 
+# ---- dropout ----
+
+
+def test_dropout_is_for_training_and_is_in_the_weights() -> None:
+    x = inputs(3, 20, 32)
+    layer = GroupedQueryAttention(32, 8, 2, rng=0, dropout=0.25, softcap=5.0)
+    plain = GroupedQueryAttention(32, 8, 2, rng=0, softcap=5.0)
+    np.testing.assert_array_equal(layer(x), plain(x))
+    out, weights = layer.train()(x, need_weights=True)
+    _, whole = plain.train()(x, need_weights=True)
+    kept = weights != 0
+    np.testing.assert_allclose(weights[kept], (whole / 0.75)[kept], rtol=1e-5)
+    assert 0.2 < 1 - kept.mean() < 0.3
+    values = layer.v_proj(x).reshape(3, 20, 2, 4).swapaxes(1, 2).repeat(4, axis=1)
+    again = layer.o_proj((weights @ values).swapaxes(1, 2).reshape(3, 20, 32))
+    np.testing.assert_allclose(out, again, **TOLERANCE)
+    np.testing.assert_array_equal(layer.eval()(x), plain(x))
+
+
+def test_every_call_drops_others_and_a_seed_repeats_them() -> None:
+    x = inputs(2, 9, 32)
+
+    def calls(rng: Any) -> list[np.ndarray]:
+        layer = GroupedQueryAttention(32, 8, 2, rng=rng, dropout=0.5).train()
+        return [layer(x) for _ in range(3)]
+
+    first, again = calls(3), calls(np.random.default_rng(3))
+    np.testing.assert_array_equal(first, again)
+    assert (first[0] != first[1]).any()
+    everything = GroupedQueryAttention(32, 8, 2, dropout=1.0).train()
+    assert not everything(x).any()
+
+
 # ---- the parameter, repr, from_mha ----
 
 
@@ -134,7 +167,7 @@ def test_the_callers_arrays_are_not_kept() -> None:
         "GroupedQueryAttention(16, 4, 2, window=(511, 0), softcap=50.0)",
         "GroupedQueryAttention(16, 4, 2, window=(None, 3), alibi_slopes=[0.25, 0.1, 0.015625, 0.00390625])",
         "MultiHeadAttention(8, 2, alibi_slopes=[[0.5, 0.1], [0.0, 1.0]], sinks=[0.1, -1.5])",
-        "MultiQueryAttention(8, 2, sinks=[0.1, 1e-20], dtype='float64')",
+        "MultiQueryAttention(8, 2, dropout=0.1, sinks=[0.1, 1e-20], dtype='float64')",
     ],
 )
 def test_repr_is_the_call(text: str) -> None:
