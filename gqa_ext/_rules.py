@@ -20,15 +20,15 @@ _MOST = 2**63 - 1  # an int64
 class Rules(NamedTuple):
     """In the order that ``_core.attention`` reads them; None is off, or open."""
 
-    left: int | None
-    right: int | None
-    softcap: float
-    alibi_slopes: Array | None  # float32 or float64
-    sinks: Array | None  # float32 or float64
-    query_lengths: Array | None  # int64, as those below
-    kv_lengths: Array | None
-    query_positions: Array | None
-    key_positions: Array | None
+    left: int | None = None
+    right: int | None = None
+    softcap: float = 0.0
+    alibi_slopes: Array | None = None  # float32 or float64
+    sinks: Array | None = None  # float32 or float64
+    query_lengths: Array | None = None  # int64, as those below
+    kv_lengths: Array | None = None
+    query_positions: Array | None = None
+    key_positions: Array | None = None
     cu_seqlens_q: Array | None = None  # int64, C-contiguous: packed sequences
     cu_seqlens_k: Array | None = None
     dropout_p: float = 0.0
@@ -36,7 +36,7 @@ class Rules(NamedTuple):
     weights: Array | None = None  # zeros that C writes the weights to
 
 
-NO_RULES = Rules(None, None, 0.0, *[None] * 6)
+NO_RULES = Rules()
 
 
 def as_rules(
@@ -53,12 +53,18 @@ def as_rules(
         came = f"query_positions is given beside causal_alignment {causal_alignment!r}"
         wanted = "one of them was wanted, as both say where the query rows stand"
         fail(ValueError, ATTENTION, came, wanted, "leave causal_alignment out")
+    left, right = (None, None) if window is None else as_window(ATTENTION, window)
+    given = {name: as_integers(ATTENTION, name, thing) for name, thing in integers.items() if thing is not None}
     return Rules(
-        *((None, None) if window is None else as_window(ATTENTION, window)),
-        0.0 if softcap is None else as_softcap(ATTENTION, softcap),
-        None if alibi_slopes is None else as_slopes(ATTENTION, alibi_slopes),
-        None if sinks is None else as_sinks(ATTENTION, sinks, heads(query)),
-        *(None if thing is None else as_integers(ATTENTION, name, thing) for name, thing in integers.items()),
+        left=left,
+        right=right,
+        softcap=0.0 if softcap is None else as_softcap(ATTENTION, softcap),
+        alibi_slopes=None if alibi_slopes is None else as_slopes(ATTENTION, alibi_slopes),
+        sinks=None if sinks is None else as_sinks(ATTENTION, sinks, heads(query)),
+        query_lengths=given.get("query_lengths"),
+        kv_lengths=given.get("kv_lengths"),
+        query_positions=given.get("query_positions"),
+        key_positions=given.get("key_positions"),
     )
 
 

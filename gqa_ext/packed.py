@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from . import _arguments, _core
 from ._docs import shared_docs
 from ._messages import ANY_FLOAT, FLOATS, Array, fail, native, shapes
-from ._rules import NO_RULES, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
+from ._rules import NO_RULES, Rules, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
 
 CALL = "varlen_attention"
 # What names a slot by its place in a padded batch has no meaning here.
@@ -61,8 +61,8 @@ def varlen_attention(
     (7, 8, 64)
     """
     refuse_dense(dense)
-    arrays = [_arguments.as_array(CALL, name, thing) for name, thing in
-              (("query", query), ("key", key), ("value", value))]  # fmt: skip
+    named = (("query", query), ("key", key), ("value", value))
+    arrays = [_arguments.as_array(CALL, name, thing) for name, thing in named]
     check_packed(*arrays)
     q_starts = as_starts("cu_seqlens_q", cu_seqlens_q, arrays[0])
     k_starts = as_starts("cu_seqlens_k", cu_seqlens_k, arrays[1])
@@ -70,21 +70,27 @@ def varlen_attention(
         came = f"cu_seqlens_k has {len(k_starts)} offsets but cu_seqlens_q has {len(q_starts)}"
         fail(ValueError, CALL, came, "as many were wanted", "give every sequence an offset in both, also an empty one")
     heads, sequences = arrays[0].shape[1], len(q_starts) - 1
+    left, right = (None, None) if window is None else as_window(CALL, window)
     rules = with_dropout(NO_RULES, dropout_p, rng)._replace(
-        **({} if window is None else dict(zip(("left", "right"), as_window(CALL, window), strict=True))),
+        left=left, right=right,
         softcap=0.0 if softcap is None else as_softcap(CALL, softcap),
         alibi_slopes=None if alibi_slopes is None else packed_slopes(alibi_slopes, sequences, heads),
         sinks=None if sinks is None else as_sinks(CALL, sinks, heads),
         cu_seqlens_q=q_starts, cu_seqlens_k=k_starts)  # fmt: skip
-    flags = [_arguments.as_flag(CALL, name, flag) for name, flag in (("is_causal", is_causal), ("lse", return_lse))]
-    lower_right = _arguments.is_lower_right(causal_alignment, False, arrays[0], arrays[1])
-    number = None if scale is None else _arguments.as_scale(scale)
-    result, lse = _attend(arrays, (flags[0], lower_right, number, True, rules), out, int(q_starts[-1]))
-    return (result, lse) if flags[1] else result
+    options = (
+        _arguments.as_flag(CALL, "is_causal", is_causal),
+        _arguments.is_lower_right(causal_alignment, False, arrays[0], arrays[1]),
+        None if scale is None else _arguments.as_scale(scale),
+    )
+    wants_lse = _arguments.as_flag(CALL, "return_lse", return_lse)
+    result, lse = _attend(arrays, options, rules, out)
+    return (result, lse) if wants_lse else result
 
 
-def _attend(arrays: list[Array], options: tuple[Any, ...], out: Array | None, live: int) -> tuple[Array, Array]:
-    """The call itself; rows past ``live`` belong to no sequence."""
+def _attend(
+    arrays: list[Array], options: tuple[bool, bool, float | None], rules: Rules, out: Array | None
+) -> tuple[Array, Array]:
+    """The call itself, with the LSE; rows past the last offset belong to no sequence."""
     query, _, value = arrays
     shape = (*query.shape[:2], value.shape[2])
     target = np.empty(shape, native(query.dtype)) if out is None else _arguments.as_out(out)
@@ -94,11 +100,11 @@ def _attend(arrays: list[Array], options: tuple[Any, ...], out: Array | None, li
         fail(ValueError, CALL, came, wanted, "leave it out or pass such an array")
     clash = any(_arguments.overlap(target, array) for array in arrays)
     written = np.empty(shape, native(query.dtype)) if clash else target
-    views = [array.transpose(1, 0, 2) for array in arrays]
-    _, lse = _core.attention(*views, None, *options, written.transpose(1, 0, 2), True)
-    lse = np.ascontiguousarray(lse.T)
-    written[live:] = 0
-    lse[live:] = -np.inf
+    q, k, v, o = (array.transpose(1, 0, 2) for array in (*arrays, written))
+    lse: Array = np.ascontiguousarray(_core.attention(q, k, v, None, *options, True, rules, o, True)[1].T)
+    if rules.cu_seqlens_q is not None:
+        written[rules.cu_seqlens_q[-1] :] = 0
+        lse[rules.cu_seqlens_q[-1] :] = -np.inf
     if clash:
         target[...] = written
     return (target if out is None else out), lse
