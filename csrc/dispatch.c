@@ -54,11 +54,12 @@ enum { ISA_COUNT = sizeof isas / sizeof *isas };
 
 static _Atomic(const struct isa *) chosen; /* NULL until first asked: then the best */
 
+/* Asking the CPU is slow in a virtual machine, so the answer is kept. */
 static const struct isa *current(void) {
-    const struct isa *isa = atomic_load_explicit(&chosen, memory_order_relaxed);
-    for (int i = 0; !isa; i++)
-        if (isas[i].available()) isa = &isas[i];
-    return isa;
+    const struct isa *isa = atomic_load_explicit(&chosen, memory_order_relaxed), *best = isas;
+    if (isa) return isa;
+    while (!best->available()) best++;
+    return atomic_compare_exchange_strong(&chosen, &isa, best) ? best : isa;
 }
 
 const struct gqa_kernels *gqa_kernels_for(enum gqa_dtype dtype) {
