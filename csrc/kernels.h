@@ -32,9 +32,10 @@ struct gqa_kernels {
     int row_tile; /* query rows that lie in lanes together, a multiple of lanes */
     int few_rows; /* up to this many rows of a sequence take the few-rows form */
 
-    gqa_outer *outer;
-    gqa_outer *outer_few;     /* for a few n and a large a, streamed from memory; wants scale, and b_t == 1 */
-    gqa_outer *outer_careful; /* the same, but a product with a factor 0 is dropped, even 0 * NaN */
+    /* A careful product drops what has a factor 0, even 0 * NaN, and has the same bits otherwise. */
+    gqa_outer *outer, *outer_careful;
+    /* For a few n and a large a, streamed from memory; scale must be there and b_t be 1. */
+    gqa_outer *outer_few, *outer_few_careful;
 
     /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */
     void (*dot)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */

@@ -102,17 +102,20 @@ BLOCK void few_rows(real *c, ptrdiff_t c_stride, const real *scale, const real *
             few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, ahead);
 }
 
-/* What is not read in one pass is read some rows at a time, which then stay in the first-level cache. */
+/* Keys that outer_few takes at a time: what is not read in one pass stays in the first-level cache. */
+static int few_piece(int lanes, int n, int count) {
+    const bool one_pass = lanes <= FEW_VECTORS * LANES && n <= FEW_COLUMNS;
+    return one_pass || count < 16 ? count : 16;
+}
+
 static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a_, ptrdiff_t a_stride, int lanes,
                       const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    enum { SOME = 16 };
     real *c = c_;
     const real *a = a_, *b = b_;
-    const bool whole_rows = lanes <= FEW_VECTORS * LANES, one_pass = whole_rows && n <= FEW_COLUMNS;
     (void)b_t;
     for (int t = 0, some; t < count; t += some, a += some * a_stride, b += some) {
-        some = one_pass || count - t < SOME ? count - t : SOME;
-        if (whole_rows)
+        some = few_piece(lanes, n, count - t);
+        if (lanes <= FEW_VECTORS * LANES)
             few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, false);
         else
             few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, true);
@@ -139,6 +142,16 @@ static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, cons
             const vec sum = careful_sum(a + lane, a_stride, lanes - lane, b + i * b_n, b_t, count);
             vstore(to, scale ? vfma(vload(to), vload(scale + lane), sum) : sum);
         }
+}
+
+/* In the pieces of outer_few, so that a masked NaN changes no bit of a row that masks it. */
+static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride,
+                              int lanes, const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+    for (int t = 0, some; t < count; t += some) {
+        some = few_piece(lanes, n, count - t);
+        outer_careful(c, c_stride, scale, (const real *)a + t * a_stride, a_stride, lanes, (const real *)b + t, b_n,
+                      b_t, n, some);
+    }
 }
 
 /* ---- dot: few rows against keys as they lie ---- */
@@ -325,8 +338,9 @@ const struct gqa_kernels KERNELS = {
     .row_tile = ROW_TILE,
     .few_rows = FEW_ROWS,
     .outer = outer,
-    .outer_few = outer_few,
     .outer_careful = outer_careful,
+    .outer_few = outer_few,
+    .outer_few_careful = outer_few_careful,
     .dot = dot,
     .soften_lanes = soften_lanes,
     .soften_rows = soften_rows,

@@ -167,16 +167,14 @@ static void lay_bias(const struct gqa_plan *plan, const struct gqa_unit *unit, s
                   plan->few ? 1 : (ptrdiff_t)plan->tile_rows);
 }
 
-/* A masked slot's weight is 0, and 0 * NaN would leak: find out whether it could. */
-static gqa_outer *product(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys,
-                          gqa_outer *plain) {
-    if (!step->masked) return plain;
-    if (keys->state == UNKNOWN)
-        keys->state = plan->kernels->finite(keys->value.data, keys->value.stride, (int)(keys->end - keys->first),
-                                            (int)plan->v_dim)
-                          ? FINITE
-                          : NOT_FINITE;
-    return keys->state == FINITE ? plain : plan->kernels->outer_careful;
+/* A masked slot's weight is 0, and 0 * NaN would leak: whether it could. */
+static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
+    if (step->masked && keys->state == UNKNOWN) {
+        const int count = (int)(keys->end - keys->first);
+        const bool finite = plan->kernels->finite(keys->value.data, keys->value.stride, count, (int)plan->v_dim);
+        keys->state = finite ? FINITE : NOT_FINITE;
+    }
+    return step->masked && keys->state == NOT_FINITE;
 }
 
 static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int64_t tile, const struct step *step,
@@ -188,8 +186,9 @@ static void attend_lanes(const struct gqa_plan *plan, struct gqa_work *work, int
                    1, count, head_dim);
     kernels->soften_lanes(work->scores, plan->mask.data ? work->bias : NULL, step->masked ? work->lo : NULL, work->hi,
                           lanes, count, step->m, step->l, work->alpha);
-    product(plan, step, keys, kernels->outer)(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1,
-                                              keys->value.stride, (int)plan->v_dim, count);
+    gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_careful : kernels->outer;
+    outer(step->o, row_tile, work->alpha, work->scores, row_tile, lanes, value, 1, keys->value.stride,
+          (int)plan->v_dim, count);
 }
 
 /* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
@@ -214,8 +213,9 @@ static void attend_few(const struct gqa_plan *plan, struct gqa_work *work, int64
     if (memcmp(work->alpha, work->ones, (size_t)(rows * real))) /* rare once the maximum is found */
         kernels->blend(step->o, NULL, plan->o_lanes, rows, plan->o_lanes, work->alpha, NULL, true);
     fetch_rows(plan, key + count * keys->key.stride * real, keys->key.stride, plan->head_dim);
-    product(plan, step, keys, kernels->outer_few)(step->o, plan->o_lanes, work->ones, value, keys->value.stride,
-                                                  (int)plan->v_dim, work->scores, GQA_KEY_TILE, 1, rows, count);
+    gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_few_careful : kernels->outer_few;
+    outer(step->o, plan->o_lanes, work->ones, value, keys->value.stride, (int)plan->v_dim, work->scores, GQA_KEY_TILE,
+          1, rows, count);
 }
 
 static void attend(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
