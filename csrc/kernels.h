@@ -34,7 +34,7 @@ struct gqa_kernels {
 
     /* A careful product drops what has a factor 0, even 0 * NaN, and has the same bits otherwise. */
     gqa_outer *outer, *outer_careful;
-    /* For a few n and a large a, streamed from memory; scale must be there and b_t be 1. */
+    /* For a few n and a large a, streamed from memory; scale must be all ones and b_t be 1. */
     gqa_outer *outer_few, *outer_few_careful;
 
     /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */

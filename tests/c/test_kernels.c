@@ -5,14 +5,16 @@
  * NEON is tested. */
 #include "kernel_check.h"
 
-/* ---- outer, outer_few, outer_careful ---- */
+/* ---- outer, outer_few, and the careful ones ---- */
 
-enum form { MANY, FEW, CAREFUL };
+enum form { MANY, FEW, CAREFUL, CAREFUL_FEW };
 
-static const char *const form_names[] = {"outer", "outer_few", "outer_careful"};
+static const char *const form_names[] = {"outer", "outer_few", "outer_careful", "outer_few_careful"};
 
 static gqa_outer *kernel_of(enum form form) {
-    return form == MANY ? kernels->outer : form == FEW ? kernels->outer_few : kernels->outer_careful;
+    gqa_outer *const entries[] = {kernels->outer, kernels->outer_few, kernels->outer_careful,
+                                  kernels->outer_few_careful};
+    return entries[form];
 }
 
 struct product {
@@ -28,7 +30,7 @@ static double outer_element(const struct product *p, int i, int lane, double *si
     *size = fabs(sum);
     for (int t = 0; t < p->count; t++) {
         const double x = get(p->a, t * p->a_stride + lane), y = get(p->b, i * p->b_n + t * p->b_t);
-        if (p->form == CAREFUL && (x == 0 || y == 0)) continue;
+        if (p->form >= CAREFUL && (x == 0 || y == 0)) continue;
         sum += x * y;
         *size += fabs(x * y);
     }
@@ -71,9 +73,9 @@ static void test_outer_of(enum form form, int n, int lanes, int count, enum kind
     p.a = drawn(count ? (count - 1) * p.a_stride + lanes : 0, kind);
     p.b = drawn(count ? (n - 1) * p.b_n + (count - 1) * p.b_t + 1 : 0, kind == DENORMAL ? RANDOM : kind);
     p.c = scaled ? drawn(n * p.c_stride, RANDOM) : reals(n * p.c_stride, 7e7); /* 7e7: to be overwritten */
-    p.scale = scaled ? drawn(padded(lanes), WITH_ZEROS) : NULL;
+    p.scale = form % 2 ? reals(padded(lanes), 1) : scaled ? drawn(padded(lanes), WITH_ZEROS) : NULL;
     check_outer(&p);
-    if (form == CAREFUL) poison(&p), check_outer(&p);
+    if (form >= CAREFUL) poison(&p), check_outer(&p);
     free(p.a), free(p.b), free(p.c), free(p.scale);
 }
 
@@ -86,6 +88,7 @@ static void test_outer(void) {
                 const int n = few_sizes[i], lanes = lane_sizes[j], count = counts[k];
                 test_outer_of(MANY, n, padded(lanes), count, kind, (j + k) % 2, (i + k) % 2);
                 test_outer_of(FEW, n, lanes, count, kind, true, true);
+                test_outer_of(CAREFUL_FEW, n, lanes, count, kind, true, true);
                 test_outer_of(CAREFUL, n, lanes, count, kind, (j + k) % 2, (i + k) % 2);
             }
 }
