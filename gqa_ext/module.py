@@ -9,19 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._arguments import as_flag, as_int, as_mask
+from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale, refuse_later
 from ._explain import Array, fail
-from ._layer_arguments import (
-    as_dropout,
-    as_head_dim,
-    as_head_mask,
-    as_inputs,
-    as_kv_heads,
-    as_layer_dtype,
-    as_rng,
-    as_scale,
-    refuse_later,
-)
+from ._layer_arguments import as_head_dim, as_head_mask, as_inputs, as_layer_dtype, as_rng
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
 from ._projections import Projections
@@ -132,8 +122,8 @@ class GroupedQueryAttention(Projections):
         self.kv_embed_dim = self.embed_dim if kv_embed_dim is None else as_int(call, "kv_embed_dim", kv_embed_dim, 1)
         self.bias = as_flag(call, "bias", bias)
         self.out_bias = self.bias if out_bias is None else as_flag(call, "out_bias", out_bias)
-        self.dropout = as_dropout(call, dropout)
-        self.scale = as_scale(call, scale)
+        self.dropout = as_dropout(call, "dropout", dropout)
+        self.scale = None if scale is None else as_scale(call, scale)
         self.dtype = as_layer_dtype(call, dtype)
         q_dim, k_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         v_dim, o_dim = self.num_kv_heads * self.v_head_dim, self.num_heads * self.v_head_dim
@@ -211,7 +201,7 @@ class GroupedQueryAttention(Projections):
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
         if not weighed:
             return out
-        weights = attention_weights(q, k, mask, causal, self.scale)
+        weights = attention_weights(np.broadcast_to(q, (*leading, *q.shape[-3:])), k, mask, causal, self.scale)
         return out, weights if heads is None else weights * heads[:, None, None]
 
     @classmethod
