@@ -142,6 +142,22 @@ def test_interrupt_exits_with_130(monkeypatch):
     assert __main__.main(["demo"]) == 130
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes a file descriptor in the shell's way")
+def test_a_closed_standard_output_is_no_error(tmp_path):
+    script = """
+import sys
+from gqa_ext import __main__, demo
+demo.run = lambda: "report"
+assert sys.stdout is None
+sys.exit(__main__.main(["demo"]))
+"""
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_installed_script(tmp_path):
     script = Path(sysconfig.get_path("scripts")) / "gqa-ext"
     if not script.exists():
