@@ -50,7 +50,7 @@ def test_the_command_ends_well_and_prints_a_tidy_table(finished):
 def test_the_three_lines_do_the_same(finished, monkeypatch, capsys):
     printed = finished.stdout.split("The same in a notebook:\n\n")[1]
     assert len(printed.splitlines()) == 3
-    monkeypatch.setattr(demo, "TEXT_BYTES", 600)
+    monkeypatch.setattr(demo, "WINDOWS", 2)
     exec("\n".join(line.removeprefix("  ") for line in printed.splitlines()), {})
     again = capsys.readouterr().out
     assert [line[:45] for line in again.splitlines() if "to one" in line] == [
@@ -73,7 +73,7 @@ def test_rows_are_what_the_models_are(model, report):
 
 
 def test_the_text_is_the_models(model, report):
-    assert report.text.encode("ascii") == bytes(model.generate(demo.PROMPT, demo.NEW_BYTES))
+    assert report.text.encode("ascii") == bytes(model.generate(demo.PROMPT, demo.NEW_BYTES, temperature=demo.TEMPERATURE))
 
 
 def test_decoding_is_timed_at_the_context_it_names(model):
