@@ -28,7 +28,7 @@ static char *walk(const struct gqa_plan *plan, const struct gqa_unit *unit, stru
         const int64_t first = gqa_max(lo, span * GQA_SPAN), end = gqa_min(hi, (span + 1) * GQA_SPAN);
         gqa_unit_span(plan, unit, work, work->parts[work->levels - 1], first, end, job);
         gqa_fold_add(plan, unit, work, &fold, span++);
-    } while (span * GQA_SPAN < hi);
+    } while (span * GQA_SPAN < hi && !gqa_job_stopped(job));
     return gqa_fold_end(plan, unit, work, &fold);
 }
 

@@ -28,20 +28,21 @@ static void add_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, s
     }
 }
 
-/* Distances are taken from the first key, so that they are exact in float up to 2^24. */
+/* Positions are taken from the first row's, so that distances are exact in float up to 2^24. */
 static void add_alibi(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       int64_t first_row, int rows, int64_t first_key, int keys) {
     const struct gqa_kernels *kernels = plan->kernels;
     const struct gqa_operand *slopes = &plan->slopes;
-    const int64_t origin = gqa_key_position(plan, unit, first_key), real = (int64_t)kernels->real_size;
+    const int64_t origin = gqa_query_position(plan, unit, first_row / plan->group);
+    const int64_t real = (int64_t)kernels->real_size;
     const char *at = gqa_operand_at(plan, slopes, unit->sequence, 0);
     for (int r = 0; r < rows; r++) {
         const int64_t row = first_row + r, head = unit->kv_head * plan->group + row % plan->group;
         kernels->load(work->slope + r * real, 1, at + head * slopes->column, 0, slopes->dtype, slopes->swapped, 1);
-        gqa_put(kernels, work->row_at, r, (double)(gqa_query_position(plan, unit, row / plan->group) - origin));
+        gqa_put(kernels, work->row_at, r, (double)gqa_less(gqa_query_position(plan, unit, row / plan->group), origin));
     }
     for (int j = 0; j < keys; j++)
-        gqa_put(kernels, work->key_at, j, (double)(gqa_key_position(plan, unit, first_key + j) - origin));
+        gqa_put(kernels, work->key_at, j, (double)gqa_less(gqa_key_position(plan, unit, first_key + j), origin));
     if (unit->form->few)
         kernels->tilt(work->bias, GQA_KEY_TILE, rows, (int)gqa_round_up(keys, kernels->lanes), work->slope,
                       work->row_at, work->key_at, true);
@@ -58,7 +59,8 @@ static void drop_by_position(const struct gqa_plan *plan, const struct gqa_unit 
         const int64_t key_at = gqa_key_position(plan, unit, first_key + j);
         for (int r = 0; r < rows; r++) {
             const int64_t row_at = gqa_query_position(plan, unit, (first_row + r) / plan->group);
-            if (key_at < 0 || key_at > row_at + plan->right || key_at < row_at - plan->left)
+            const int64_t ahead = gqa_less(key_at, row_at);
+            if (key_at < 0 || ahead > plan->right || ahead < -plan->left)
                 gqa_put(plan->kernels, work->bias, r * strides.row + j * strides.key, -INFINITY);
         }
     }

@@ -119,5 +119,6 @@ static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, 
 }
 
 static void spread(void *to, ptrdiff_t to_stride, const void *from, int n, double scale) {
-    for (int i = 0; i < n; i++) ((real *)to)[i * to_stride] = ((const real *)from)[i] * (real)scale;
+    const real factor = clamped(scale); /* 1e300 beside floats: 0 times it must stay 0 */
+    for (int i = 0; i < n; i++) ((real *)to)[i * to_stride] = ((const real *)from)[i] * factor;
 }

@@ -107,8 +107,8 @@ static void take_rules(struct gqa_plan *plan, const struct gqa_attention *proble
     plan->dropout_p = problem->dropout_p;
     plan->seed = problem->seed;
     plan->lower_right = problem->alignment == GQA_LOWER_RIGHT;
-    plan->left = problem->left == GQA_OPEN ? GQA_FAR : gqa_min(problem->left, GQA_FAR);
-    plan->right = problem->right == GQA_OPEN ? GQA_FAR : gqa_min(problem->right, GQA_FAR);
+    plan->left = problem->left == GQA_OPEN ? GQA_FAR : problem->left;
+    plan->right = problem->right == GQA_OPEN ? GQA_FAR : problem->right;
     if (problem->causal) plan->right = 0;
     plan->biased = plan->mask.data || plan->slopes.data || plan->key_positions.data;
 }
@@ -131,13 +131,13 @@ static int64_t length_of(const struct gqa_plan *plan, const struct gqa_operand *
 int64_t gqa_query_position(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i) {
     if (!plan->query_positions.data) return i + unit->offset;
     const char *at = gqa_operand_at(plan, &plan->query_positions, unit->sequence, 0);
-    return gqa_max(-GQA_FAR, gqa_min(GQA_FAR, integer_at(at + i * plan->query_positions.column)));
+    return integer_at(at + i * plan->query_positions.column);
 }
 
 int64_t gqa_key_position(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t j) {
     if (!plan->key_positions.data) return j;
     const char *at = gqa_operand_at(plan, &plan->key_positions, unit->sequence, 0);
-    return gqa_min(GQA_FAR, integer_at(at + j * plan->key_positions.column));
+    return integer_at(at + j * plan->key_positions.column);
 }
 
 void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i, int64_t *lo, int64_t *hi) {
@@ -145,8 +145,8 @@ void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, i
     *hi = unit->seq_k;
     if (plan->key_positions.data) return; /* in any order: the bias tile says who is live */
     const int64_t position = gqa_query_position(plan, unit, i);
-    *lo = gqa_max(0, gqa_min(*hi, position - plan->left));
-    *hi = gqa_max(*lo, gqa_min(*hi, position + plan->right + 1));
+    *lo = gqa_max(0, gqa_min(*hi, gqa_less(position, plan->left)));
+    *hi = gqa_max(*lo, gqa_min(*hi, gqa_less(position, -plan->right - 1)));
 }
 
 /* ---- the cut ---- */

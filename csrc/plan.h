@@ -62,8 +62,8 @@ struct gqa_plan {
     size_t part_bytes;           /* a full unit's tiles */
 };
 
-/* Further than any key, with room to add positions. */
-static const int64_t GQA_FAR = INT64_C(1) << 60;
+/* An open side of the window. */
+static const int64_t GQA_FAR = INT64_MAX;
 
 /* What one task of a unit works on. */
 struct gqa_unit {
@@ -89,6 +89,12 @@ char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *oper
 
 static inline int64_t gqa_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t gqa_max(int64_t a, int64_t b) { return a > b ? a : b; }
+/* a - b, kept within int64: positions may be any integers. */
+static inline int64_t gqa_less(int64_t a, int64_t b) {
+    int64_t x;
+    return !__builtin_sub_overflow(a, b, &x) ? x : a < b ? INT64_MIN : INT64_MAX;
+}
+
 static inline int64_t gqa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t gqa_round_up(int64_t a, int64_t b) { return gqa_ceil_div(a, b) * b; }
 

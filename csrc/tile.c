@@ -282,7 +282,7 @@ void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, str
                    int64_t first, int64_t end, struct gqa_job *job) {
     const int64_t tiles = gqa_ceil_div(unit->rows, unit->form->tile_rows);
     clear(plan, unit->form, part, tiles);
-    while (first < end) {
+    while (first < end && !gqa_job_stopped(job)) {
         const int64_t next = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE;
         struct key_tile keys = {.first = first, .end = gqa_min(next, end)};
         load_keys(plan, unit, work, &keys);

@@ -16,7 +16,7 @@ struct gqa_work {
     char *row;                /* one row of anything */
     char *lo, *hi, *alpha;    /* (stats,) */
     char *final_m, *final_l;  /* (stats,) copies, when weights are wanted */
-    char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first key's */
+    char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first row's */
     char *key_at;             /* (GQA_KEY_TILE,) the same of keys */
     char *ones;               /* (stats or o_lanes,), all 1 */
     int64_t *row_lo, *row_hi; /* (unit_tiles * tile_rows,) live keys of each row of the unit */

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     try:
         code: int = parsed.run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, as in `gqa-ext demo | head`, has seen enough

@@ -65,37 +65,59 @@ def as_flag(call: str, name: str, thing: Any) -> bool:
     return fail(TypeError, call, f"{name} is {kind(thing)}", "True or False was wanted", fix)
 
 
+def as_str(call: str, name: str, thing: Any, fix: str) -> str:
+    """Text."""
+    if not isinstance(thing, str):
+        fail(TypeError, call, f"{name} is {kind(thing)}", "a str was wanted", fix)
+    return thing
+
+
 def as_flags(**things: Any) -> list[bool]:
     """The switches of an attention call."""
     return [as_flag(ATTENTION, name, thing) for name, thing in things.items()]
 
 
+def as_index(call: str, name: str, thing: Any, fix: str) -> int:
+    """A whole number from whatever says it is one; bools are none."""
+    number: Any = None if isinstance(thing, (bool, np.bool_)) else thing
+    try:
+        return operator.index(number)
+    except TypeError:
+        fail(TypeError, call, f"{name} is {kind(thing)}", "an int was wanted", fix)
+
+
 def as_int(call: str, name: str, thing: Any, least: int) -> int:
     """A whole number of at least ``least``."""
-    if isinstance(thing, (bool, np.bool_)) or not hasattr(thing, "__index__"):
-        fail(TypeError, call, f"{name} is {kind(thing)}", "an int was wanted", f"pass {name}={least} or more")
-    number = operator.index(thing)
+    fix = f"pass {name}={least} or more"
+    number = as_index(call, name, thing, fix)
     if number < least:
-        fail(ValueError, call, f"{name} is {number}", f"at least {least} was wanted", f"pass {name}={least} or more")
+        fail(ValueError, call, f"{name} is {number}", f"at least {least} was wanted", fix)
     return number
 
 
-def as_axis(call: str, name: str, thing: Any, array: Array) -> int:
-    """An axis that the array has, from either end."""
-    if isinstance(thing, (bool, np.bool_)) or not hasattr(thing, "__index__"):
-        fail(TypeError, call, f"{name} is {kind(thing)}", "an int was wanted", f"pass {name}=-3 for (..., heads, S, D)")
-    axis = operator.index(thing)
-    if not -array.ndim <= axis < array.ndim:
-        wanted = f"an axis of x {array.shape} was wanted"
-        fail(ValueError, call, f"{name} is {axis}", wanted, f"pass x as (..., heads, S, D), or another {name}")
-    return axis
+def as_kv_heads(call: str, num_kv_heads: Any, num_heads: int) -> int:
+    """A divisor of num_heads."""
+    number = as_int(call, "num_kv_heads", num_kv_heads, 1)
+    if num_heads % number:
+        divisors = ", ".join(str(n) for n in range(1, min(num_heads, 256) + 1) if num_heads % n == 0)
+        came = f"num_kv_heads is {number} for num_heads {num_heads}"
+        fail(ValueError, call, came, "a divisor of num_heads was wanted", f"pass one of {divisors}")
+    return number
+
+
+def as_axis(call: str, axis: Any, name: str, array: Array, fix: str) -> int:
+    """The index of an axis of ``array``, counted from the first."""
+    place = as_index(call, "axis", axis, fix)
+    if not -array.ndim <= place < array.ndim:
+        fail(ValueError, call, f"axis is {place}", f"an axis of {name} {array.shape} was wanted", fix)
+    return place % array.ndim
 
 
 def as_dtype(call: str, name: str, thing: Any) -> np.dtype[Any]:
     """A dtype with a size; None, which NumPy takes for float64, is not one."""
     try:
         dtype: np.dtype[Any] = np.dtype(thing)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses strings with Python's own parser
         dtype = np.dtype(object)
     if thing is None or dtype.hasobject or dtype.itemsize == 0:
         fix = f'pass {name}="float16", "bfloat16" or "float32"'
@@ -105,7 +127,8 @@ def as_dtype(call: str, name: str, thing: Any) -> np.dtype[Any]:
 
 def as_real(call: str, name: str, thing: Any, fix: str) -> float:
     """A real number, from Python or NumPy or a zero-dimensional array."""
-    if isinstance(thing, (bool, np.bool_, str, bytes)) or getattr(thing, "ndim", 0) != 0:
+    strange = isinstance(thing, (np.ndarray, np.generic)) and thing.dtype.kind not in "iufV"  # V: bfloat16
+    if strange or isinstance(thing, (bool, str, bytes)) or getattr(thing, "ndim", 0) != 0:
         fail(TypeError, call, f"{name} is {kind(thing)}", "a real number was wanted", fix)
     try:
         return float(thing)
@@ -114,14 +137,33 @@ def as_real(call: str, name: str, thing: Any, fix: str) -> float:
         fail(bad, call, f"{name} is {kind(thing)}", "a real number was wanted", fix)
 
 
-def as_scale(thing: Any) -> float:
+def as_scale(call: str, thing: Any) -> float:
     """A finite float."""
     fix = "pass a float, or None for 1/sqrt(head_dim)"
-    scale = thing if type(thing) is float else as_real(ATTENTION, "scale", thing, fix)
+    scale = thing if type(thing) is float else as_real(call, "scale", thing, fix)
     if not math.isfinite(scale):
         wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
-        fail(ValueError, ATTENTION, f"scale is {scale}", wanted, "leave it out or pass a finite one")
+        fail(ValueError, call, f"scale is {scale}", wanted, "leave it out or pass a finite one")
     return scale
+
+
+def as_dropout(call: str, name: str, thing: Any) -> float:
+    """A probability."""
+    fix = f"pass {name}=0.0"
+    slip = ", and is_causal by its name" if name == "dropout_p" else ""
+    probability = as_real(call, name, thing, fix + slip)
+    if not 0.0 <= probability <= 1.0:
+        fail(ValueError, call, f"{name} is {probability}", "a probability between 0 and 1 was wanted", fix)
+    return probability
+
+
+def refuse_later(call: str, **keywords: Any) -> None:
+    """Keywords that the contract has and this version does not: any that is switched on raises and is named."""
+    for name, setting in keywords.items():
+        if setting is not None:
+            came = setting if isinstance(setting, (int, float, tuple, str)) else kind(setting)
+            wanted = f"{name} is not implemented yet"
+            fail(NotImplementedError, call, f"{name} is {came}", wanted, f"pass {name}=None")
 
 
 def share_heads(query: Array, key: Array, value: Array) -> list[Array]:
@@ -146,7 +188,7 @@ def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array) ->
     if not isinstance(alignment, str) or alignment not in ("upper_left", "lower_right"):
         wanted = "'upper_left', 'lower_right' or None was wanted"
         fix = "pass 'lower_right' where the last query row belongs to the last key, else leave it out"
-        fail(ValueError, ATTENTION, f"causal_alignment is {alignment!r}", wanted, fix)
+        fail(ValueError, ATTENTION, f"causal_alignment is {alignment!r:.40}", wanted, fix)
     return alignment == "lower_right"
 
 

@@ -38,8 +38,8 @@ def attention(
     check_same_precision(query, key, value)
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_rank(name, array)
-    check_head_dim(query, key, value)
-    check_sequence(query, key, value)
+    check_head_dim(query, key)
+    check_sequence(key, value)
     check_heads(query, key, value, enable_gqa)
     shape = output_shape(query, key, value)
     if attn_mask is not None:
@@ -94,7 +94,7 @@ def check_rank(name: str, array: Array) -> None:
         fail(ValueError, ATTENTION, f"{name} has {count(array.ndim, 'dimension')}", wanted, fix)
 
 
-def check_head_dim(query: Array, key: Array, value: Array) -> None:
+def check_head_dim(query: Array, key: Array) -> None:
     """query and key share head_dim; value's may differ."""
     q_dim, k_dim = query.shape[-1], key.shape[-1]
     where = shapes(query=query, key=key)
@@ -109,7 +109,7 @@ def check_head_dim(query: Array, key: Array, value: Array) -> None:
         fail(ValueError, ATTENTION, "query and key have head_dim 0", wanted, "pass arrays with a last dimension")
 
 
-def check_sequence(query: Array, key: Array, value: Array) -> None:
+def check_sequence(key: Array, value: Array) -> None:
     """key and value are one sequence."""
     k_len, v_len = key.shape[-2], value.shape[-2]
     if k_len != v_len:

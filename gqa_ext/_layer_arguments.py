@@ -3,24 +3,15 @@
 ``call`` is the name that messages begin with.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
-from ._arguments import as_array, as_dtype, as_int, as_real
+from ._arguments import as_array, as_dtype, as_int
 from ._messages import COMPUTED, HALVES, Array, fail, kind, native, shapes
 from ._rules import as_slopes
 
 # ---- the constructor ----
-
-
-def refuse_later(call: str, **keywords: Any) -> None:
-    """Keywords that the contract has and this version does not: any that is switched on raises."""
-    for name, setting in keywords.items():
-        if setting is not None:
-            came = setting if isinstance(setting, (int, float, str, tuple)) else kind(setting)
-            fail(NotImplementedError, call, f"{name} is {came}", f"{name} is not implemented yet", f"pass {name}=None")
 
 
 def as_head_dim(call: str, head_dim: Any, embed_dim: int, num_heads: int) -> int:
@@ -31,34 +22,6 @@ def as_head_dim(call: str, head_dim: Any, embed_dim: int, num_heads: int) -> int
         came = f"embed_dim is {embed_dim} for num_heads {num_heads}"
         fail(ValueError, call, came, "a multiple of num_heads was wanted", "pass head_dim= for heads of another size")
     return embed_dim // num_heads
-
-
-def as_kv_heads(call: str, num_kv_heads: Any, num_heads: int) -> int:
-    """A divisor of num_heads."""
-    number = as_int(call, "num_kv_heads", num_kv_heads, 1)
-    if num_heads % number:
-        divisors = ", ".join(str(n) for n in range(1, min(num_heads, 256) + 1) if num_heads % n == 0)
-        came = f"num_kv_heads is {number} for num_heads {num_heads}"
-        fail(ValueError, call, came, "a divisor of num_heads was wanted", f"pass one of {divisors}")
-    return number
-
-
-def as_dropout(call: str, dropout: Any) -> float:
-    """A probability."""
-    number = as_real(call, "dropout", dropout, "pass dropout=0.0")
-    if not 0 <= number <= 1:
-        fail(ValueError, call, f"dropout is {number}", "a probability between 0 and 1 was wanted", "pass dropout=0.0")
-    return number
-
-
-def as_scale(call: str, scale: Any) -> float | None:
-    """A finite number, or None for 1 / sqrt(head_dim)."""
-    if scale is None:
-        return None
-    number = as_real(call, "scale", scale, "pass a float, or None for 1/sqrt(head_dim)")
-    if not math.isfinite(number):
-        fail(ValueError, call, f"scale is {number}", "a finite number was wanted", "leave it out or pass a finite one")
-    return number
 
 
 def as_layer_slopes(call: str, alibi_slopes: Any, num_heads: int) -> Array:

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from ._arguments import as_flag
-from ._messages import Array
+from ._arguments import as_flag, as_str
+from ._messages import Array, fail
 from ._state import PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
 
 
@@ -107,7 +107,17 @@ class Projections:
         dict of str to ndarray
             ``q_proj.weight`` (out, in), ``q_proj.bias`` and so on. As in torch the arrays are the layer's own:
             copy them to keep them. torch takes ``{name: torch.from_numpy(a) for name, a in ...}``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Another `out_name`; a `prefix` that is no str.
         """
+        call = f"{type(self).__name__}.state_dict"
+        prefix = as_str(call, "prefix", prefix, "pass prefix='' for none")
+        if as_str(call, "out_name", out_name, "leave it out") not in ("o_proj", "out_proj"):
+            wanted = "'o_proj' or 'out_proj' was wanted"
+            fail(ValueError, call, f"out_name is {out_name!r:.40}", wanted, "rename the entry afterwards")
         return {prefix + name.replace("o_proj.", f"{out_name}."): array for name, array in self.named_parameters()}
 
     def load_state_dict(
@@ -136,9 +146,10 @@ class Projections:
         ValueError
             One that lists all missing, unexpected and misshaped names; the layer is then as before.
         TypeError
-            No mapping, or an entry that is no array of real numbers.
+            No mapping, an entry that is no array of real numbers, or a `prefix` that is no str.
         """
         call = f"{type(self).__name__}.load_state_dict"
+        prefix = as_str(call, "prefix", prefix, "pass prefix='' for none")
         strict = as_flag(call, "strict", strict)
         q, k, v = (len(getattr(self, name).weight) for name in STACKED)
         state = translate(as_state(call, state_dict, prefix), (q, k, v))

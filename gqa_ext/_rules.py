@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arguments import as_array, as_real
+from ._arguments import as_array, as_dropout, as_real
 from ._messages import ANY_FLOAT, ATTENTION, FLOATS, Array, fail, heads, kind, native
 
 _MOST = 2**63 - 1  # an int64
@@ -153,18 +153,9 @@ def as_integers(call: str, name: str, thing: Any) -> Array:
 
 def with_dropout(rules: Rules, dropout_p: Any, rng: Any) -> Rules:
     """The rules and dropout; a Generator gives its one seed only where something can be dropped."""
-    probability = as_dropout(ATTENTION, dropout_p)
+    probability = as_dropout(ATTENTION, "dropout_p", dropout_p)
     seed = as_seed(ATTENTION, rng) if probability or not isinstance(rng, np.random.Generator) else 0
     return rules._replace(dropout_p=probability, seed=seed)
-
-
-def as_dropout(call: str, thing: Any) -> float:
-    """A probability."""
-    probability = as_real(call, "dropout_p", thing, "pass dropout_p=0.0, and is_causal by its name")
-    if not 0 <= probability <= 1:
-        wanted = "a probability between 0 and 1 was wanted"
-        fail(ValueError, call, f"dropout_p is {probability}", wanted, "pass dropout_p=0.0")
-    return probability
 
 
 def as_seed(call: str, rng: Any) -> int:

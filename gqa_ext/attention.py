@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _core, _explain, _messages
 from ._docs import shared_docs
-from ._messages import Array, native
+from ._messages import ATTENTION, Array, fail, native
 from ._rules import NO_RULES, Rules, as_rules, with_dropout
 
 # query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules
@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = _arguments.as_mask(attn_mask)
     if scale is not None:
-        scale = _arguments.as_scale(scale)
+        scale = _arguments.as_scale(ATTENTION, scale)
     if not (type(is_causal) is type(enable_gqa) is type(return_lse) is bool):
         is_causal, enable_gqa, return_lse = _arguments.as_flags(
             is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)  # fmt: skip
@@ -161,8 +161,14 @@ def repeat_kv(x: ArrayLike, n_rep: int, axis: int = -3) -> Array:
     """
     array = x if type(x) is ndarray else _arguments.as_array("repeat_kv", "x", x)
     times = _arguments.as_int("repeat_kv", "n_rep", n_rep, least=1)
-    where = _arguments.as_axis("repeat_kv", "axis", axis, array)
-    return np.repeat(array, times, axis=where).astype(native(array.dtype), order="C", copy=False)
+    fix = "pass x as (..., heads, S, D), or another axis"
+    where = _arguments.as_axis("repeat_kv", axis, "x", array, fix)
+    try:
+        repeated = np.repeat(array, times, axis=where)
+    except (OverflowError, ValueError):
+        wanted = f"a result that NumPy can address was wanted (x {array.shape})"
+        fail(ValueError, "repeat_kv", f"n_rep is {times}", wanted, "pass the query heads per group")
+    return repeated.astype(native(array.dtype), order="C", copy=False)
 
 
 def kv_cache_nbytes(

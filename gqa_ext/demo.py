@@ -27,10 +27,11 @@ __all__ = ["NOTEBOOK", "Report", "Row", "run"]
 
 NUM_KEYS = 32_768  # keys in the cache while decoding is timed
 ROUNDS = 25  # timings of each variant; the median counts
-TEXT_BYTES = 16_384  # of the held-out text, read by each variant
+WINDOWS = 32  # of the held-out text, evenly spread over it, read by each variant
 ORACLE_BYTES = 512  # of the same text, compared with float64
 PROMPT = "HOPE, n.  "
 NEW_BYTES = 320
+TEMPERATURE = 0.7  # the likeliest byte every time soon runs in circles
 
 NOTEBOOK = """\
 from gqa_ext import demo, llama
@@ -180,6 +181,12 @@ def decode_times(models: Sequence[Llama], num_keys: int) -> list[float]:
     return [statistics.median(measured[1:]) for measured in times]
 
 
+def sample(text: bytes, size: int) -> bytes:
+    """WINDOWS pieces of ``size`` bytes, evenly spread over the text."""
+    starts = np.linspace(0, max(0, len(text) - size), WINDOWS).astype(int)
+    return b"".join(text[start : start + size] for start in starts)
+
+
 def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int = NUM_KEYS) -> Report:
     """Pool a byte-level model to every possible number of key/value heads and measure each.
 
@@ -188,7 +195,7 @@ def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int 
     model : Llama, optional
         Default: the one shipped with this package.
     text : bytes, optional
-        Text the model was not trained on. Default: the first TEXT_BYTES of the shipped model's.
+        Text the model was not trained on. Default: WINDOWS pieces from all over the shipped model's.
     num_keys : int
         Length of the context at which decoding is timed.
 
@@ -204,8 +211,8 @@ def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int 
     [8, 4, 2, 1]
     """
     model = load() if model is None else model
-    text = (TINY / "heldout.txt").read_bytes()[:TEXT_BYTES] if text is None else text
     config = model.config
+    text = sample((TINY / "heldout.txt").read_bytes(), config.max_position_embeddings) if text is None else text
     heads = config.num_key_value_heads
     models = [model.pooled(count) for count in range(heads, 0, -1) if heads % count == 0]
     times = decode_times(models, num_keys)
@@ -222,7 +229,8 @@ def run(model: Llama | None = None, text: bytes | None = None, *, num_keys: int 
         )
         for pooled, decode_ms in tqdm(list(zip(models, times, strict=True)), desc="reading", disable=None, leave=False)
     ]  # fmt: skip
-    written = tqdm(model.generate(PROMPT, NEW_BYTES), total=NEW_BYTES, desc="writing", disable=None, leave=False)
+    continued = model.generate(PROMPT, NEW_BYTES, temperature=TEMPERATURE)
+    written = tqdm(continued, total=NEW_BYTES, desc="writing", disable=None, leave=False)
     cpu = cpu_info()
     title = (
         f"A Llama of {config.num_hidden_layers} layers with {config.num_attention_heads} query heads of "

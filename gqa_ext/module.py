@@ -9,19 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._arguments import as_flag, as_int, as_mask
-from ._layer_arguments import (
-    as_dropout,
-    as_head_dim,
-    as_head_mask,
-    as_inputs,
-    as_kv_heads,
-    as_layer_dtype,
-    as_layer_slopes,
-    as_rng,
-    as_scale,
-    refuse_later,
-)
+from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale, refuse_later
+from ._layer_arguments import as_head_dim, as_head_mask, as_inputs, as_layer_dtype, as_layer_slopes, as_rng
 from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
@@ -141,9 +130,9 @@ class GroupedQueryAttention(Projections):
         self.kv_embed_dim = self.embed_dim if kv_embed_dim is None else as_int(call, "kv_embed_dim", kv_embed_dim, 1)
         self.bias = as_flag(call, "bias", bias)
         self.out_bias = self.bias if out_bias is None else as_flag(call, "out_bias", out_bias)
-        self.dropout = as_dropout(call, dropout)
+        self.dropout = as_dropout(call, "dropout", dropout)
         self.rng = as_rng(call, rng)
-        self.scale = as_scale(call, scale)
+        self.scale = None if scale is None else as_scale(call, scale)
         self.window = None if window is None else as_window(call, window)
         self.softcap = None if softcap is None else as_softcap(call, softcap) or None
         self.alibi_slopes = None if alibi_slopes is None else as_layer_slopes(call, alibi_slopes, self.num_heads)

@@ -1,6 +1,7 @@
 """What attention calls that cannot run here compute, written out in NumPy and float64 from their documentation.
 
-FlashAttention needs a GPU and ggml has no Python face.  test_coming_from.py compares ours with these.
+FlashAttention needs a GPU and ggml has no Python face.  test_coming_from.py compares ours with
+these; it and test_coming_from_torch.py share the small arrays made here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+B, HQ, HKV, SQ, SK, D = 2, 4, 2, 5, 9, 8
+
+
+def arrays(rng: np.random.Generator, heads: int = HKV, dtype: str = "float64") -> tuple[Array, Array, Array]:
+    """query (B, HQ, SQ, D); key and value (B, heads, SK, D)."""
+    query = rng.standard_normal((B, HQ, SQ, D)).astype(dtype)
+    key, value = (rng.standard_normal((B, heads, SK, D)).astype(dtype) for _ in range(2))
+    return query, key, value
+
+
+def near(got: Any, wanted: Any, digits: float = 1e-11) -> None:
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, rtol=digits, atol=digits)
+
+
+def some_masked(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """True = masked; never all of a row."""
+    masked = rng.random(shape) < 0.4
+    masked[..., 2] = False
+    return masked
 
 
 def flash_attn(

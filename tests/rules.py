@@ -34,19 +34,19 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def attend(problem: Problem, **more: Any) -> tuple[Array, Array]:
-    """(out, lse) of a problem by the package, every rule by its keyword."""
+def attend(problem: Problem, **more: Any) -> tuple[Array, ...]:
+    """(out, lse) of a problem by the package, every rule by its keyword; and weights where asked for."""
     fields = (field.name for field in dataclasses.fields(Problem) if field.name not in _ARRAYS)
     rules = {name: getattr(problem, name) for name in fields if getattr(problem, name) is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # causal with Sq != Sk and no alignment
-        out, lse = gqa_ext.scaled_dot_product_attention(
+        answer: tuple[Array, ...] = gqa_ext.scaled_dot_product_attention(
             problem.query, problem.key, problem.value, problem.attn_mask, **rules, return_lse=True, **more
         )
-    return out, lse
+    return answer
 
 
-def agree(problem: Problem, isa: str = "default", label: str = "") -> tuple[Array, Array]:
+def agree(problem: Problem, isa: str = "default", label: str = "") -> tuple[Array, ...]:
     """The package's answer, which lies within bounds.py of the oracle's."""
     out, lse = attend(problem)
     check(out, problem, lse=lse, isa=isa, label=label)

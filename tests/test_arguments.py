@@ -78,6 +78,11 @@ def test_numpy_bools_are_bools(flag: Any) -> None:
     np.testing.assert_array_equal(attend(is_causal=flag), attend(is_causal=True))
 
 
+@pytest.mark.parametrize("scale", [1e39, -1e300])
+def test_a_scale_beyond_float32_leaves_scores_of_0_alone(scale: float) -> None:
+    np.testing.assert_array_equal(attend(query=0 * QUERY, scale=scale), attend(query=0 * QUERY, scale=1.0))
+
+
 @pytest.mark.parametrize("scale", [1, np.float32(1), np.int8(1), np.array(1.0)])
 def test_real_numbers_are_scales(scale: Any) -> None:
     np.testing.assert_array_equal(attend(scale=scale), attend(scale=1.0))

@@ -1,6 +1,7 @@
 """Each row of docs/coming-from.md: their call and ours give one answer.
 
-torch, transformers and JAX are asked themselves, FlashAttention and ggml by way of other_calls.py.
+JAX is asked itself, FlashAttention and ggml by way of other_calls.py; what is torch's, or written with
+it, is in test_coming_from_torch.py.
 """
 
 from __future__ import annotations
@@ -12,160 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from other_calls import flash_attn, ggml_flash_attn_ext, ggml_slopes
+from other_calls import HKV, HQ, SK, SQ, B, D, arrays, flash_attn, ggml_flash_attn_ext, ggml_slopes, near, some_masked
 
 import gqa_ext
 from gqa_ext import scaled_dot_product_attention as ours
 
 Array = NDArray[Any]
-B, HQ, HKV, SQ, SK, D = 2, 4, 2, 5, 9, 8
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "coming-from.md"
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(5)
-
-
-def arrays(rng: np.random.Generator, heads: int = HKV, dtype: str = "float64") -> tuple[Array, Array, Array]:
-    """query (B, HQ, SQ, D); key and value (B, heads, SK, D)."""
-    query = rng.standard_normal((B, HQ, SQ, D)).astype(dtype)
-    key, value = (rng.standard_normal((B, heads, SK, D)).astype(dtype) for _ in range(2))
-    return query, key, value
-
-
-def near(got: Any, wanted: Any, digits: float = 1e-11) -> None:
-    got, wanted = np.asarray(got), np.asarray(wanted)
-    assert got.shape == wanted.shape
-    np.testing.assert_allclose(got, wanted, rtol=digits, atol=digits)
-
-
-# ---- torch.nn.functional.scaled_dot_product_attention ----
-
-
-def torch_sdpa(*given: Any, **rules: Any) -> Array:
-    torch = pytest.importorskip("torch")
-    tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in given]
-    named = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in rules.items()}
-    return np.asarray(torch.nn.functional.scaled_dot_product_attention(*tensors, **named).numpy())
-
-
-def test_torch_enable_gqa(rng: np.random.Generator) -> None:
-    near(ours(*arrays(rng)), torch_sdpa(*arrays(np.random.default_rng(5)), enable_gqa=True))
-    with pytest.raises(RuntimeError):
-        torch_sdpa(*arrays(rng))
-
-
-def test_torch_is_causal(rng: np.random.Generator) -> None:
-    given = arrays(rng, HQ)
-    with pytest.warns(UserWarning, match="causal"):
-        got = ours(*given, is_causal=True)
-    near(got, torch_sdpa(*given, is_causal=True))
-    near(ours(*given, is_causal=True, causal_alignment="upper_left"), got)
-
-
-def test_torch_causal_lower_right(rng: np.random.Generator) -> None:
-    bias = pytest.importorskip("torch.nn.attention.bias")
-    given = arrays(rng, HQ)
-    near(ours(*given, is_causal=True, causal_alignment="lower_right"),
-         torch_sdpa(*given, attn_mask=bias.causal_lower_right(SQ, SK)))  # fmt: skip
-
-
-def test_torch_mask_beside_causal(rng: np.random.Generator) -> None:
-    attention = pytest.importorskip("torch.nn.attention")
-    given, mask = arrays(rng, HQ), rng.random((SQ, SK)) < 0.7
-    mask[:, 0] = True
-    with attention.sdpa_kernel(attention.SDPBackend.MATH), pytest.raises(RuntimeError, match="is_causal"):
-        torch_sdpa(*given, attn_mask=mask, is_causal=True)
-    got = ours(*given, attn_mask=mask, is_causal=True, causal_alignment="upper_left")
-    near(got, torch_sdpa(*given, attn_mask=mask & np.tri(SQ, SK, dtype=bool)))
-
-
-def test_torch_mask_dtypes(rng: np.random.Generator) -> None:
-    given, mask = arrays(rng, HQ), rng.integers(-3, 3, (SQ, SK)).astype(np.float64)
-    with pytest.raises(RuntimeError):
-        torch_sdpa(*given, attn_mask=mask.astype(np.float16))
-    for dtype in ("float16", "float32", "float64"):
-        near(ours(*given, attn_mask=mask.astype(dtype)), torch_sdpa(*given, attn_mask=mask))
-
-
-# ---- torch.nn.MultiheadAttention ----
-
-
-def both_modules(*, batch_first: bool = True) -> tuple[Any, gqa_ext.MultiHeadAttention]:
-    """Theirs with random weights, and ours with the same."""
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    theirs = torch.nn.MultiheadAttention(HQ * D, HQ, bias=True, batch_first=batch_first, dtype=torch.float64).eval()
-    module = gqa_ext.MultiHeadAttention(HQ * D, HQ, bias=True, dtype="float64")
-    module.load_state_dict(theirs.state_dict())
-    return theirs, module
-
-
-def theirs_of(module: Any, x: Array, memory: Array, **masks: Array) -> Array:
-    import torch
-
-    tensors = {name: torch.from_numpy(mask) for name, mask in masks.items()}
-    with torch.no_grad():
-        out, _ = module(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (x, memory, memory)), **tensors)
-    return np.asarray(out.numpy())
-
-
-def embedded(rng: np.random.Generator) -> tuple[Array, Array]:
-    return rng.standard_normal((B, SQ, HQ * D)), rng.standard_normal((B, SK, HQ * D))
-
-
-def some_masked(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """True = masked; never all of a row."""
-    masked = rng.random(shape) < 0.4
-    masked[..., 2] = False
-    return masked
-
-
-def test_mha_bool_mask(rng: np.random.Generator) -> None:
-    theirs, module = both_modules()
-    (x, memory), masked = embedded(rng), some_masked(rng, (SQ, SK))
-    near(module(x, memory, attn_mask=~masked), theirs_of(theirs, x, memory, attn_mask=masked))
-
-
-def test_mha_float_mask(rng: np.random.Generator) -> None:
-    theirs, module = both_modules()
-    (x, memory), mask = embedded(rng), rng.standard_normal((SQ, SK))
-    near(module(x, memory, attn_mask=mask), theirs_of(theirs, x, memory, attn_mask=mask))
-
-
-def test_mha_mask_of_three_dimensions(rng: np.random.Generator) -> None:
-    theirs, module = both_modules()
-    (x, memory), masked = embedded(rng), some_masked(rng, (B * HQ, SQ, SK))
-    near(module(x, memory, attn_mask=~masked.reshape(B, HQ, SQ, SK)), theirs_of(theirs, x, memory, attn_mask=masked))
-
-
-def test_mha_key_padding_at_the_end(rng: np.random.Generator) -> None:
-    theirs, module = both_modules()
-    x, memory = embedded(rng)
-    absent = np.arange(SK) >= np.array([[4], [SK]])
-    near(module(x, memory, kv_lengths=(~absent).sum(-1)), theirs_of(theirs, x, memory, key_padding_mask=absent))
-
-
-def test_mha_key_padding_anywhere(rng: np.random.Generator) -> None:
-    theirs, module = both_modules()
-    (x, memory), absent = embedded(rng), some_masked(rng, (B, SK))
-    near(module(x, memory, attn_mask=~absent[:, None, None]), theirs_of(theirs, x, memory, key_padding_mask=absent))
-
-
-def test_mha_rows_without_a_key(rng: np.random.Generator) -> None:
-    theirs, module = both_modules()
-    (x, memory), masked = embedded(rng), np.zeros((SQ, SK), bool)
-    masked[1] = True
-    assert np.isnan(theirs_of(theirs, x, memory, attn_mask=masked)[:, 1]).all()
-    out = module(x, memory, attn_mask=~masked)
-    near(out[:, 1], np.broadcast_to(theirs.out_proj.bias.detach().numpy(), out[:, 1].shape))
-
-
-def test_mha_layout(rng: np.random.Generator) -> None:
-    theirs, module = both_modules(batch_first=False)
-    x, memory = embedded(rng)
-    near(module(x, memory), theirs_of(theirs, x.swapaxes(0, 1), memory.swapaxes(0, 1)).swapaxes(0, 1))
 
 
 # ---- FlashAttention ----
@@ -235,6 +94,19 @@ def test_flash_cache_leftpad(rng: np.random.Generator) -> None:
     near(got, flash(given, cache_leftpad=leftpad, causal=True))
 
 
+def test_flash_varlen(rng: np.random.Generator) -> None:
+    """Each sequence as if alone, however the packing cuts them."""
+    rows, keys = np.array([0, 3, 3, 8]), np.array([0, 4, 9, 21])
+    query, key, value = (rng.standard_normal((n, h, D)) for n, h in ((8, HQ), (21, HKV), (21, HKV)))
+    rules = {"window": (3, None), **LOWER_RIGHT}
+    out, lse = gqa_ext.varlen_attention(query, key, value, rows, keys, is_causal=True, return_lse=True, **rules)
+    for b in range(3):
+        q, k = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
+        theirs, theirs_lse = flash_attn(query[None, q], key[None, k], value[None, k], causal=True, window_size=(3, -1))
+        near(out[q], theirs[0])
+        near(lse[q], theirs_lse[0].T)
+
+
 def test_flash_lse(rng: np.random.Generator) -> None:
     given = tuple(x.swapaxes(1, 2) for x in arrays(rng))
     _, theirs = flash_attn(*given, causal=True, cache_seqlens=np.array([2, SK]))
@@ -243,43 +115,6 @@ def test_flash_lse(rng: np.random.Generator) -> None:
     assert np.array_equal(lse == -np.inf, theirs == np.inf)
     assert (lse[0, :, : SQ - 2] == -np.inf).all()
     near(lse[lse > -np.inf], theirs[theirs < np.inf])
-
-
-# ---- Hugging Face ----
-
-
-def eager(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """transformers' eager attention in ours' layout, by the function itself."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    layer = torch.nn.Module().eval()
-    layer.num_key_value_groups = query.shape[1] // key.shape[1]
-    tensors = [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in (query, key, value, mask)]
-    out, _ = eager_attention_forward(layer, *tensors, scaling=query.shape[-1] ** -0.5)
-    return np.asarray(out.numpy()).swapaxes(1, 2)
-
-
-def test_hf_repeat_kv(rng: np.random.Generator) -> None:
-    given = arrays(rng, dtype="float32")
-    near(ours(*given), eager(*given), 1e-5)
-
-
-def test_hf_right_padding(rng: np.random.Generator) -> None:
-    given = arrays(rng, dtype="float32")
-    attention_mask = (np.arange(SK) < np.array([[4], [SK]])).astype(np.int64)
-    mask = np.where(attention_mask[:, None, None] == 1, 0, np.finfo(np.float32).min).astype(np.float32)
-    near(ours(*given, kv_lengths=attention_mask.sum(-1)), eager(*given, mask), 1e-5)
-
-
-def test_hf_finite_mask(rng: np.random.Generator) -> None:
-    given = arrays(rng, dtype="float32")
-    mask = np.zeros((1, 1, SQ, SK), np.float32)
-    mask[..., 3:] = mask[..., 1, :] = np.finfo(np.float32).min
-    near(ours(*given, mask), eager(*given, mask), 1e-5)
-    near(ours(*given, mask)[:, :, 1], gqa_ext.repeat_kv(given[2], HQ // HKV).mean(-2), 1e-5)
-    assert not ours(*given, mask == 0)[:, :, 1].any()
 
 
 # ---- JAX ----
@@ -384,14 +219,16 @@ def test_ggml_sinks(rng: np.random.Generator) -> None:
 @pytest.mark.skipif(not DOCS.is_file(), reason="a source distribution carries the tests but not the docs")
 def test_every_row_names_a_test_that_is_there() -> None:
     here = Path(__file__)
+    both = (here.name, "test_coming_from_torch.py")
     rows = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     rows = [row for row in rows if not row.startswith(("|---", "| there |"))]
     named = [re.search(r"`(?:(test_\w+\.py)::)?(test_\w+)` \|$", row) for row in rows]
     assert len(rows) > 40
     assert all(named), [row for row, name in zip(rows, named, strict=True) if not name]
-    for file, test in (name.groups() for name in named if name):
-        text = (here.parent / (file or here.name)).read_text(encoding="utf-8")
-        assert f"def {test}(" in text, f"{file}::{test}"
-    missing = set(re.findall(r"^def (test_\w+)", here.read_text(encoding="utf-8"), re.M))
-    missing -= {name[2] for name in named if name and not name[1]}
-    assert missing == {"test_every_row_names_a_test_that_is_there"}
+    tests = {(name[1] or here.name, name[2]) for name in named if name}
+    for file, test in tests:
+        assert f"def {test}(" in (here.parent / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    for file in both:
+        found = re.findall(r"^def (test_\w+)", (here.parent / file).read_text(encoding="utf-8"), re.M)
+        missing = {test for test in found if (file, test) not in tests}
+        assert missing <= {"test_every_row_names_a_test_that_is_there"}, "a test here without a row there"

@@ -50,7 +50,7 @@ def test_the_command_ends_well_and_prints_a_tidy_table(finished):
 def test_the_three_lines_do_the_same(finished, monkeypatch, capsys):
     printed = finished.stdout.split("The same in a notebook:\n\n")[1]
     assert len(printed.splitlines()) == 3
-    monkeypatch.setattr(demo, "TEXT_BYTES", 600)
+    monkeypatch.setattr(demo, "WINDOWS", 2)
     exec("\n".join(line.removeprefix("  ") for line in printed.splitlines()), {})
     again = capsys.readouterr().out
     assert [line[:45] for line in again.splitlines() if "to one" in line] == [
@@ -73,7 +73,8 @@ def test_rows_are_what_the_models_are(model, report):
 
 
 def test_the_text_is_the_models(model, report):
-    assert report.text.encode("ascii") == bytes(model.generate(demo.PROMPT, demo.NEW_BYTES))
+    wanted = bytes(model.generate(demo.PROMPT, demo.NEW_BYTES, temperature=demo.TEMPERATURE))
+    assert report.text.encode("ascii") == wanted
 
 
 def test_decoding_is_timed_at_the_context_it_names(model):
@@ -140,6 +141,22 @@ def test_interrupt_exits_with_130(monkeypatch):
 
     monkeypatch.setattr(demo, "run", interrupted)
     assert __main__.main(["demo"]) == 130
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a file descriptor in the shell's way")
+def test_a_closed_standard_output_is_no_error(tmp_path):
+    script = """
+import sys
+from gqa_ext import __main__, demo
+demo.run = lambda: "report"
+assert sys.stdout is None
+sys.exit(__main__.main(["demo"]))
+"""
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_installed_script(tmp_path):

@@ -91,6 +91,7 @@ SHAPES = [
     ({"dropout_p": float("nan")}, "dropout_p is nan; ", "pass dropout_p=0.0"),
     ({"causal_alignment": "bottom_right"}, "causal_alignment is 'bottom_right'; ", "else leave it out"),
     ({"causal_alignment": ["upper_left"]}, "causal_alignment is ['upper_left']; ", "else leave it out"),
+    ({"causal_alignment": list(range(99))}, "causal_alignment is [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1; ", ""),
     ({"query": [[1.0, 2.0], [3.0]]}, "query is a list that is no array (", "make its rows equally long"),
 ]
 
@@ -166,6 +167,10 @@ TYPES = [
     ({"scale": True}, "scale is True; "),
     ({"scale": 1j}, "scale is 1j, a complex; "),
     ({"scale": np.array([0.5])}, "scale is a numpy.ndarray; "),
+    ({"scale": np.complex64(0.5)}, "scale is a numpy.complex64; a real number was wanted: "),
+    ({"scale": np.timedelta64(3)}, "scale is a numpy.timedelta64; "),
+    ({"scale": np.array("0.5")}, "scale is a numpy.ndarray; "),
+    ({"scale": np.True_}, "scale is np.True_; "),
     ({"dropout_p": None}, "dropout_p is None; a real number was wanted: pass dropout_p=0.0"),
     ({"dropout_p": True}, "dropout_p is True; a real number was wanted: pass dropout_p=0.0, and is_causal by its name"),
     (
@@ -222,6 +227,11 @@ HELPERS = [
     (ValueError, repeat_kv, (KEY, 0), "n_rep is 0; at least 1 was wanted: pass n_rep=1 or more"),
     (TypeError, repeat_kv, (KEY, 1.5), "n_rep is 1.5, a float; an int was wanted: "),
     (TypeError, repeat_kv, (KEY, True), "n_rep is True; an int was wanted: "),
+    (TypeError, repeat_kv, (KEY, np.array([2, 2])), "n_rep is a numpy.ndarray; an int was wanted: "),
+    (TypeError, repeat_kv, (KEY, np.array(2.0)), "n_rep is a numpy.ndarray; an int was wanted: "),
+    (ValueError, repeat_kv, (KEY, 2**62), "n_rep is 4611686018427387904; a result that NumPy can address was wanted "),
+    (ValueError, repeat_kv, (KEY, 10**30), "n_rep is 1000000000000000000000000000000; a result that NumPy can "),
+    (TypeError, repeat_kv, (KEY, 2, np.array([1, 2])), "axis is a numpy.ndarray; an int was wanted: "),
     (
         ValueError,
         repeat_kv,
@@ -246,7 +256,7 @@ def test_helpers(error: type[Exception], call: Any, args: tuple[Any, ...], text:
     assert refusal(error, call, *args).startswith(text)
 
 
-@pytest.mark.parametrize("dtype", [None, "float17", object, "U"])
+@pytest.mark.parametrize("dtype", [None, "float17", object, "U", "(2,-1)f4", "f4,(", "\ud800"])
 def test_kv_cache_nbytes_wants_a_dtype(dtype: Any) -> None:
     message = refusal(TypeError, kv_cache_nbytes, 1, 1, 1, 1, dtype=dtype)
     assert message.endswith('a dtype was wanted: pass dtype="float16", "bfloat16" or "float32"')

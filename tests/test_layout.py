@@ -235,7 +235,7 @@ def test_query_key_and_value_may_be_one_array(isa: str) -> None:
 
 def test_out_that_cannot_be_written() -> None:
     given = arrays("float32", 4, 9)
-    fine = np.empty((2, 4, 4, 10), np.float32)
+    fine = np.zeros((2, 4, 4, 10), np.float32)
     self_overlapping = np.lib.stride_tricks.as_strided(fine, strides=(*fine.strides[:-2], 4, 4))
     bad = [
         read_only(fine),

@@ -49,14 +49,14 @@ def ragged(seq_q: int, dtype: str) -> Problem:
     return replace(given, key=key, value=value, kv_lengths=np.array(KV_LENGTHS))
 
 
-def single(given: Problem, b: int, rows: int, keys: int, **more: Any) -> tuple[Array, Array]:
+def single(given: Problem, b: int, rows: int, keys: int, **more: Any) -> tuple[Array, ...]:
     """Sequence b alone, trimmed to its rows and keys, in arrays of its own."""
     query, key, value = given.query[b, :, :rows], given.key[b, :, :keys], given.value[b, :, :keys]
     alone = replace(given, query=query.copy(), key=key.copy(), value=value.copy(), query_lengths=None, kv_lengths=None)
     return attend(replace(alone, **more))
 
 
-def same(got: tuple[Array, Array], wanted: tuple[Array, Array], label: str = "") -> None:
+def same(got: tuple[Array, ...], wanted: tuple[Array, ...], label: str = "") -> None:
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape, label
         assert a.tobytes() == b.tobytes(), f"{label}: {(a != b).sum()} of {a.size} differ"

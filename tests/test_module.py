@@ -194,6 +194,18 @@ def test_masks_and_weights(mask: np.ndarray) -> None:
     np.testing.assert_allclose(out, again, **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "mask", [None, np.tri(15, 7, dtype=bool).reshape(3, 1, 5, 7), np.ones((3, 1, 5, 7), np.float16)]
+)
+def test_weights_have_the_batch_of_the_output(mask: np.ndarray | None) -> None:
+    layer, query, key, value = build(16, 4, 2), inputs(1, 5, 16), inputs(1, 7, 16, seed=1), inputs(3, 7, 16, seed=2)
+    out, weights = layer(query, key, value, attn_mask=mask, need_weights=True)
+    assert weights.shape == (3, 4, 5, 7)
+    wanted = layer(query.repeat(3, 0), key.repeat(3, 0), value, attn_mask=mask, need_weights=True)
+    for mine, theirs in zip((out, weights), wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, **TOLERANCE)
+
+
 def test_weights_without_batch_with_causal_and_float64() -> None:
     layer, x = build(16, 4, 2, dtype="float64"), inputs(6, 16, dtype="float64")
     out, weights = layer(x, is_causal=True, need_weights=True)
@@ -281,6 +293,7 @@ CONSTRUCTORS = [
     (ValueError, r"embed_dim is 0", (0, 8, 2), {}),
     (ValueError, r"num_heads is -8", (128, -8, 2), {}),
     (TypeError, r"num_heads is .*a float", (128, 8.0, 2), {}),
+    (TypeError, r"num_kv_heads is a numpy.ndarray; an int", (128, 8, np.array([2, 2])), {}),
     (ValueError, r"head_dim is 0", (128, 8, 2), {"head_dim": 0}),
     (TypeError, r"v_head_dim is .*a str", (128, 8, 2), {"v_head_dim": "16"}),
     (ValueError, r"kv_embed_dim is -1", (128, 8, 2), {"kv_embed_dim": -1}),

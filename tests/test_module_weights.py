@@ -290,6 +290,25 @@ BAD_SOURCES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, r"state_dict\(\): prefix is 3, an int; a str .*: pass", {"prefix": 3}),
+        (TypeError, r"state_dict\(\): out_name is None; a str .*: leave", {"out_name": None}),
+        (ValueError, r"state_dict\(\): out_name is 'proj'; 'o_proj' or 'out_proj' .*: rename", {"out_name": "proj"}),
+    ],
+)
+def test_bad_names_for_a_state_dict_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        MultiHeadAttention(16, 4).state_dict(**arguments)
+
+
+def test_a_prefix_to_load_is_text() -> None:
+    layer = MultiHeadAttention(16, 4)
+    with pytest.raises(TypeError, match=r"load_state_dict\(\): prefix is None; a str .*: pass prefix=''"):
+        layer.load_state_dict(layer.state_dict(), prefix=None)
+
+
 @pytest.mark.parametrize(("error", "message", "source", "arguments"), BAD_SOURCES)
 def test_a_bad_source_is_named(error: type[Exception], message: str, source: Any, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):

@@ -35,6 +35,14 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path / "clone"
 
 
+def test_a_deleted_working_directory_is_no_hindrance(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    first = "import os, sys, numpy, ml_dtypes"  # NumPy itself cannot be imported there under Python 3.13.0
+    done = python("-c", f"{first}; sys.path.insert(0, ''); os.rmdir({str(gone)!r}); import gqa_ext", cwd=gone)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["py.typed", "_core.pyi", "tiny/config.json", "tiny/model.safetensors"])
 def test_data_files_are_installed(name: str) -> None:
     assert (INSTALLED / name).is_file()

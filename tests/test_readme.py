@@ -18,4 +18,6 @@ def test_example(example):
 
 @pytest.mark.parametrize("name", MAP)
 def test_the_map_names_what_is_there(name):
+    if name.startswith(".") and not (ROOT / ".ci").is_dir():
+        pytest.skip("a source distribution carries no CI")
     assert (ROOT / name).exists()

@@ -241,6 +241,30 @@ def test_poison_reaches_live_rows_only(rule: str, seq_q: int, dtype: str, poison
         agree(foul, isa, f"{mix} {poison}")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seq_q", [2, 64])
+def test_extremes(seq_q: int, dtype: str, isa: str) -> None:
+    """Caps of every size, scores past the range, and infinities or NaN in what is live."""
+    plain = rules.problem(Mix((), dtype, seq_q=seq_q))
+    kind = np.dtype(dtype).type
+    for softcap in (1e-30, 1e-5, 3.0, 1e4, 1e30):
+        agree(replace(plain, softcap=softcap), isa, f"softcap {softcap}")
+        agree(replace(plain, softcap=softcap, query=plain.query * kind(1e-20)), isa, f"softcap {softcap}, tiny scores")
+    large = kind(1e20 if dtype == "float32" else 1e160)
+    query, key = np.abs(plain.query) * large, np.abs(plain.key) * np.sign(plain.key[..., :1]) * large
+    agree(replace(plain, query=query, key=key, softcap=2.0), isa, "a capped infinity is the cap")
+    agree(replace(plain, query=query, key=-np.abs(key)), isa, "scores of -inf weigh nothing")
+    for foul in (np.nan, np.inf):
+        mask = np.zeros((seq_q, 150), np.float32)
+        mask[1, 7] = foul
+        agree(replace(plain, attn_mask=mask), isa, f"mask {foul}")
+        agree(replace(plain, attn_mask=mask, window=(0, 0)), isa, f"mask {foul} outside the window")
+        agree(replace(plain, sinks=np.array([foul, 0, 1, 2])), isa, f"sink {foul}")
+    agree(replace(plain, alibi_slopes=np.array([1e38, 1e30, -1e30, 1e-40])), isa, "slopes")
+    low = np.full((seq_q, 150), -1e9, np.float32)
+    agree(replace(plain, attn_mask=low, window=(3, 3), sinks=np.zeros(4)), isa, "all of -1e9 beside a sink")
+
+
 def test_slopes_as_published() -> None:
     """Press et al., "Train Short, Test Long" (ICLR 2022): 2**(-8 i / n), and their way with other head counts."""
     np.testing.assert_array_equal(gqa_ext.get_alibi_slopes(8), 2.0 ** -np.arange(1, 9))

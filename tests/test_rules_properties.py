@@ -55,12 +55,12 @@ def explicit(problem: Problem) -> Problem:
     return replace(problem, query_positions=p_i, key_positions=p_j, causal_alignment=None, kv_lengths=None)
 
 
-def close(got: tuple[Array, Array], wanted: tuple[Array, Array]) -> None:
+def close(got: tuple[Array, ...], wanted: tuple[Array, ...]) -> None:
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
-def same(got: tuple[Array, Array], wanted: tuple[Array, Array]) -> None:
+def same(got: tuple[Array, ...], wanted: tuple[Array, ...]) -> None:
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape
         assert a.tobytes() == b.tobytes(), f"{(a != b).sum()} of {a.size} differ"
@@ -212,6 +212,19 @@ def test_outputs_are_means(mix: Mix) -> None:
     rounding = 1e-5 if mix.dtype == "float32" else 1e-13
     assert (out >= np.where(pulled, np.minimum(low, 0), low) - rounding).all()
     assert (out <= np.where(pulled, np.maximum(high, 0), high) + rounding).all()
+
+
+@quickly
+@given(mixes())
+def test_weights_are_what_multiplies_the_values(mix: Mix) -> None:
+    """As the oracle has them; weights @ repeat_kv(value) is the output, and asking for them changes no bit of it."""
+    problem = rules.problem(mix)
+    out, lse, weights = attend(problem, return_weights=True)
+    same((out, lse), attend(problem))
+    expected = problem.attention()
+    np.testing.assert_allclose(weights, expected.weights, rtol=1e-6, atol=1e-12)  # they are float32
+    assert not weights[expected.weights == 0].any()
+    np.testing.assert_allclose(weights @ gqa_ext.repeat_kv(problem.value, mix.group), out, rtol=1e-5, atol=1e-5)
 
 
 @quickly

@@ -42,6 +42,10 @@ def works():
 def attend_for_hours():
     rows = np.broadcast_to(np.float32(1), (256, 1 << 16, 64))
     attend(rows, rows, rows[..., :1])
+
+def attend_to_keys_without_end():
+    rows = np.broadcast_to(np.float32(1), (1, 1 << 50, 64))
+    attend(rows[:, :1], rows, rows[..., :1])
 """
 
 
@@ -184,15 +188,16 @@ def test_multiprocessing(method: str, tmp_path: Path) -> None:
 # ---- Ctrl-C and exit ----
 
 
+@pytest.mark.parametrize("call", ["attend_for_hours", "attend_to_keys_without_end"])
 @pytest.mark.parametrize("count", [1, 4])
-def test_ctrl_c_ends_a_call_of_hours(count: int, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_call_of_hours(count: int, call: str, tmp_path: Path) -> None:
     script = f"""
     import signal
 
     gqa_ext.set_num_threads({count})
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     try:
-        attend_for_hours()
+        {call}()
     except KeyboardInterrupt:
         assert works()
         print("interrupted")

@@ -5,7 +5,6 @@ Called by users, by ``GroupedQueryAttention.from_mha`` and by whatever converts 
 """
 
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._arguments import as_array, as_int
+from .._arguments import as_array, as_axis, as_int, as_kv_heads
 from .._messages import fail, kind, native
 
 __all__ = ["METHODS", "pool_heads"]
@@ -98,13 +97,9 @@ def pool_heads(
     """
     array = as_weight(weight)
     num_heads = as_int(CALL, "num_heads", num_heads, 1)
-    num_kv_heads = as_int(CALL, "num_kv_heads", num_kv_heads, 1)
     check_method(method, weights)
-    axis = as_axis(axis, array, num_heads)
-    if num_heads % num_kv_heads:
-        came = f"num_kv_heads is {num_kv_heads} for num_heads {num_heads}"
-        fix = f"pass one of {', '.join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)}"
-        fail(ValueError, CALL, came, "a divisor of num_heads was wanted", fix)
+    axis = as_heads_axis(axis, array, num_heads)
+    num_kv_heads = as_kv_heads(CALL, num_kv_heads, num_heads)
     members = as_members(groups, num_heads, num_kv_heads)
     shares = None if weights is None else as_shares(weights, members)
     if method == "first":
@@ -131,21 +126,15 @@ def check_method(method: Any, weights: Any) -> None:
     """A method we know, and weights only where they mean something."""
     if not isinstance(method, str) or method not in METHODS:
         known = " or ".join(repr(name) for name in METHODS)
-        fail(ValueError, CALL, f"method is {method!r}", f"{known} was wanted", "pass method='mean'")
+        fail(ValueError, CALL, f"method is {method!r:.40}", f"{known} was wanted", "pass method='mean'")
     if weights is not None and method != "mean":
         wanted = "weights go with method='mean' only"
         fail(ValueError, CALL, f"weights came with method={method!r}", wanted, "leave out one of them")
 
 
-def as_axis(axis: Any, weight: Array, num_heads: int) -> int:
+def as_heads_axis(axis: Any, weight: Array, num_heads: int) -> int:
     """A non-negative axis that is heads times head_dim long."""
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        fail(TypeError, CALL, f"axis is {kind(axis)}", "an int was wanted", "pass axis=0 for an (out, in) projection")
-    place = operator.index(axis)
-    if not -weight.ndim <= place < weight.ndim:
-        wanted = f"an axis of weight {weight.shape} was wanted"
-        fix = f"pass {-weight.ndim} to {weight.ndim - 1}" if weight.ndim else "pass weight[None] for one number"
-        fail(ValueError, CALL, f"axis is {place}", wanted, fix)
+    place = as_axis(CALL, axis, "weight", weight, "pass axis=0 for an (out, in) projection")
     length = weight.shape[place]
     if length % num_heads or not length:
         came = f"weight has length {length} along axis {place} for num_heads {num_heads}"
@@ -153,7 +142,7 @@ def as_axis(axis: Any, weight: Array, num_heads: int) -> int:
         others = [i for i, n in enumerate(weight.shape) if n and n % num_heads == 0]
         fix = f"pass axis={others[0]} if the heads lie there" if others else "pass the number of heads in weight"
         fail(ValueError, CALL, came, wanted, fix)
-    return place % weight.ndim
+    return place
 
 
 def as_members(groups: Any, num_heads: int, num_kv_heads: int) -> NDArray[np.int64]:
