@@ -23,11 +23,11 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-#include "load_tmpl.h"
-
 /* Brings what lies 8 KB on towards the second-level cache: used where arithmetic or the order of
  * reading keeps the prefetchers from running ahead; elsewhere it only costs. */
-BLOCK void fetch_ahead(const real *p) { __builtin_prefetch((const void *)((uintptr_t)p + 8192), 0, 2); }
+BLOCK void fetch_ahead(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + 8192), 0, 2); }
+
+#include "load_tmpl.h"
 
 /* ---- outer: rank-1 updates ---- */
 

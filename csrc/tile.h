@@ -12,7 +12,7 @@ struct gqa_work {
     char *query;              /* unit_tiles x (head_dim, row_tile), or (rows, head_dim padded) when few; scaled */
     char *scores;             /* (GQA_KEY_TILE, row_tile), or (tile_rows, GQA_KEY_TILE) */
     char *bias;               /* the same shape */
-    char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): rows that do not lie plainly */
+    char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows; with few rows, key takes both */
     char *row;                /* one row of anything */
     char *lo, *hi, *alpha;    /* (stats,) */
     char *final_m, *final_l;  /* (stats,) copies, when weights are wanted */

@@ -15,8 +15,10 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
     const char *row = at + first * operand->row;
     if (lies_plainly(kernels, operand, at, width))
         return (struct gqa_rows){row, (ptrdiff_t)(operand->row / (int64_t)kernels->real_size)};
-    for (int64_t i = 0; i < count; i++)
+    const bool joined = operand->row == width * operand->column; /* each row follows the last: as one long row */
+    const int64_t rows = joined ? 1 : count, length = joined ? count * width : width;
+    for (int64_t i = 0; i < rows; i++)
         kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, 1, row + i * operand->row,
-                      operand->column, operand->dtype, operand->swapped, (int)width);
+                      operand->column, operand->dtype, operand->swapped, (int)length);
     return (struct gqa_rows){scratch, (ptrdiff_t)width};
 }
