@@ -73,7 +73,8 @@ def test_rows_are_what_the_models_are(model, report):
 
 
 def test_the_text_is_the_models(model, report):
-    assert report.text.encode("ascii") == bytes(model.generate(demo.PROMPT, demo.NEW_BYTES, temperature=demo.TEMPERATURE))
+    wanted = bytes(model.generate(demo.PROMPT, demo.NEW_BYTES, temperature=demo.TEMPERATURE))
+    assert report.text.encode("ascii") == wanted
 
 
 def test_decoding_is_timed_at_the_context_it_names(model):
