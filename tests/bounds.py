@@ -98,7 +98,7 @@ def bounds(head: Head, head_dim: int, dtype: np.dtype[Any]) -> tuple[Array, Arra
         bound += float(stored.eps) / 2 * np.abs(out) + float(stored.smallest_subnormal)
         bound[~(weights > 0).any(axis=-1)] = 0.0
         lse = np.where(np.isfinite(head.lse), head.lse, 0.0)
-        lse_bound = (weights * np.expm1(relative)).sum(-1) + _sum_error(keys, u) + 8 * u * (1 + np.abs(lse))
+        lse_bound = _gained(head, weights, relative).sum(-1) + _sum_error(keys, u) + 8 * u * (1 + np.abs(lse))
     return (2 if double else 1) * bound, (2 if double else 1) * lse_bound
 
 
@@ -113,12 +113,19 @@ def _score_error(head: Head, head_dim: int, u: float) -> Array:
     finite = np.isfinite(head.scores)
     scores = np.where(finite, head.scores, 0.0)
     error = (_sum_error(head_dim, u) + 8 * u) * head.magnitude + 4 * u * (np.abs(scores) + np.abs(top) + 2)
-    return np.where(finite, np.minimum(error, 700.0), 0.0)
+    return np.where(finite, error, 0.0)
+
+
+def _gained(head: Head, weights: Array, relative: Array) -> Array:
+    """p (e**E - 1) (Sq, Sk); where E is large by way of the score, as p itself may have underflowed."""
+    lse = np.where(np.isfinite(head.lse), head.lse, 0.0)[:, None]
+    large = np.exp(np.minimum(np.where(np.isfinite(head.scores), head.scores - lse + relative, -np.inf), 700.0))
+    return np.where(relative < 1, weights * np.expm1(np.minimum(relative, 1)), large)
 
 
 def _moved(head: Head, weights: Array, value: Array, out: Array, relative: Array) -> tuple[Array, Array]:
     """The two limits of point 2, each (Sq, Dv)."""
-    wrong = weights * np.expm1(relative)
+    wrong = _gained(head, weights, relative)
     kept = (weights * np.exp(-relative)).sum(axis=-1, keepdims=True)
     shift = np.stack([wrong[i] @ np.abs(value - out[i]) for i in range(len(out))]) if len(out) else out
     attended = value[head.live.any(axis=0)]
