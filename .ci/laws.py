@@ -49,6 +49,7 @@ ALLOWED_INCLUDES = [
     ("csrc/module.c", "numpy/*"),
     ("csrc/simd/*", "csrc/simd/*"),
     ("csrc/simd/*", "csrc/real_*.h"),
+    ("csrc/simd/*", "csrc/half.h"),
     ("csrc/isa/*", "csrc/simd/*"),
 ]
 

@@ -42,7 +42,7 @@ BLOCK void load_as(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t st
 }
 
 BLOCK vec widened(const void *halves, const enum gqa_dtype dtype) {
-    return dtype == GQA_FLOAT16 ? vload_f16(halves) : vload_bf16(halves);
+    return dtype == GQA_FLOAT16 ? vload_float16(halves) : vload_bfloat16(halves);
 }
 
 /* At most a vector of halves that do not lie one after another, or do not fill it. */
@@ -88,9 +88,9 @@ BLOCK void store_some_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtyp
     real part[LANES] = {0};
     for (int i = 0; i < n; i++) part[i] = from[i * from_stride];
     if (dtype == GQA_FLOAT16)
-        vstore_f16(halves, vload(part));
+        vstore_float16(halves, vload(part));
     else
-        vstore_bf16(halves, vload(part));
+        vstore_bfloat16(halves, vload(part));
     for (int i = 0; i < n; i++) {
         const uint16_t bits = swapped ? __builtin_bswap16(halves[i]) : halves[i];
         memcpy(to + i * step, &bits, sizeof bits);

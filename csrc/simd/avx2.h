@@ -46,14 +46,14 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
 }
 
 /* A vector of halves from and to memory of any alignment; stores round to nearest even. */
-static inline vec vload_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
-static inline vec vload_bf16(const void *p) {
+static inline vec vload_float16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline vec vload_bfloat16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
-static inline void vstore_f16(void *p, vec x) {
+static inline void vstore_float16(void *p, vec x) {
     _mm_storeu_si128(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-static inline void vstore_bf16(void *p, vec x) {
+static inline void vstore_bfloat16(void *p, vec x) {
     __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));

@@ -45,14 +45,14 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
 }
 
 /* A vector of halves from and to memory of any alignment; stores round to nearest even. */
-static inline vec vload_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
-static inline vec vload_bf16(const void *p) {
+static inline vec vload_float16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline vec vload_bfloat16(const void *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
 }
-static inline void vstore_f16(void *p, vec x) {
+static inline void vstore_float16(void *p, vec x) {
     _mm256_storeu_si256(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-static inline void vstore_bf16(void *p, vec x) {
+static inline void vstore_bfloat16(void *p, vec x) {
     __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));

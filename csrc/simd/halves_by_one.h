@@ -5,28 +5,28 @@
 #include <stdint.h>
 #include <string.h>
 
-static inline vec vload_f16(const void *p) {
+static inline vec vload_float16(const void *p) {
     uint16_t halves[LANES];
     real x[LANES];
     memcpy(halves, p, sizeof halves);
     for (int i = 0; i < LANES; i++) x[i] = gqa_float16_to_float(halves[i]);
     return vload(x);
 }
-static inline vec vload_bf16(const void *p) {
+static inline vec vload_bfloat16(const void *p) {
     uint16_t halves[LANES];
     real x[LANES];
     memcpy(halves, p, sizeof halves);
     for (int i = 0; i < LANES; i++) x[i] = gqa_bfloat16_to_float(halves[i]);
     return vload(x);
 }
-static inline void vstore_f16(void *p, vec x) {
+static inline void vstore_float16(void *p, vec x) {
     uint16_t halves[LANES];
     real part[LANES];
     vstore(part, x);
     for (int i = 0; i < LANES; i++) halves[i] = gqa_double_to_float16((double)part[i]);
     memcpy(p, halves, sizeof halves);
 }
-static inline void vstore_bf16(void *p, vec x) {
+static inline void vstore_bfloat16(void *p, vec x) {
     uint16_t halves[LANES];
     real part[LANES];
     vstore(part, x);

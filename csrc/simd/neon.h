@@ -45,12 +45,12 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
 }
 
 /* A vector of halves from and to memory of any alignment; stores round to nearest even. */
-static inline vec vload_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
-static inline vec vload_bf16(const void *p) {
+static inline vec vload_float16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+static inline vec vload_bfloat16(const void *p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
 }
-static inline void vstore_f16(void *p, vec x) { vst1_u8(p, vreinterpret_u8_f16(vcvt_f16_f32(x))); }
-static inline void vstore_bf16(void *p, vec x) {
+static inline void vstore_float16(void *p, vec x) { vst1_u8(p, vreinterpret_u8_f16(vcvt_f16_f32(x))); }
+static inline void vstore_bfloat16(void *p, vec x) {
     uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
     uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x00400000));
