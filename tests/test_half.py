@@ -1,7 +1,7 @@
 """float16 and bfloat16: read exactly, summed in float32, rounded once to nearest even, wherever they lie.
 
-So a call on halves is, to the bit, the same call on the float32 numbers they stand for, rounded
-at the end by NumPy.
+So a call on halves is the same call on the float32 numbers they stand for, rounded at the end as
+NumPy rounds; only the order of the float32 sums may be another.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def test_any_mix(dtypes: tuple[str, str, str], seq_q: int, seq_k: int, isa: str)
     out, lse = attend(replace(plain, query=query, key=key, value=value))
     assert lse.dtype == np.float32
     exact, exact_lse = attend(replace(plain, query=single(query), key=single(key), value=single(value)))
-    same((out, lse), (exact.astype(query.dtype), exact_lse))
+    slack = 4e-7 * np.abs(exact).max() + 1e-7  # the float32 sums', before rounding
+    assert (single((exact - slack).astype(query.dtype)) <= single(out)).all()
+    assert (single(out) <= single((exact + slack).astype(query.dtype))).all()
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-6)
     if seq_k <= 150:
         agree(replace(plain, query=query, key=key, value=value), isa, "-".join(dtypes))
 
@@ -126,11 +129,11 @@ def layouts(x: Array) -> dict[str, Array]:
     }
 
 
-@pytest.mark.parametrize("seq_q", [1, 3, 64])
+@pytest.mark.parametrize(("seq_q", "seq_k"), [*SIZES, (1, 2000)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_layouts(dtype: str, seq_q: int, isa: str) -> None:
+def test_layouts(dtype: str, seq_q: int, seq_k: int, isa: str) -> None:
     """Strided, negative, unaligned, byte-swapped: the same bits."""
-    plain = rules.problem(Mix(("window",), dtype, seq_q=seq_q))
+    plain = rules.problem(Mix(("sinks",), dtype, seq_q=seq_q, seq_k=seq_k))
     wanted = attend(plain)
     for name in layouts(plain.key):
         arrays = (layouts(x)[name] for x in (plain.query, plain.key, plain.value))
