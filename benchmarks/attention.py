@@ -8,14 +8,13 @@ Needs the `bench` extra: `pip install ".[bench]"`. README.md beside this file sa
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import machine
 import report
 from report import Measured, Result
 from timing import Bystanders, round_robin
@@ -23,21 +22,13 @@ from works import WORKS, Work
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="attention, measured against its peers in one interleaved run")
-    parser.add_argument("--quick", action="store_true", help="three rounds instead of nine")
-    parser.add_argument("--repeats", type=int, metavar="N", help="rounds; times are medians over them")
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="only works with this in their name; repeatable"
-    )
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of every contender (default 2)")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
-    parser.add_argument("--coretype", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.rounds = args.repeats or (3 if args.quick else 9)
-    args.works = [work for work in WORKS if not args.only or any(part in work.name for part in args.only)]
-    if not args.works:
-        parser.error(f"--only {args.only}: no such work; there are: {'; '.join(work.name for work in WORKS)}")
+    options = machine.parser("attention, measured against its peers in one interleaved run")
+    options.add_argument("--coretype", help=argparse.SUPPRESS)
+    options.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    args.rounds = machine.rounds(args)
+    names = machine.chosen(options, args.only, [work.name for work in WORKS])
+    args.works = [work for work in WORKS if work.name in names]
     return args
 
 
@@ -69,32 +60,6 @@ def _measure_elsewhere(work: Work, rounds: int, threads: int) -> Result:
     return report.from_json(json.loads(done.stdout))
 
 
-def _machine(threads: int) -> str:
-    """The line that says what was measured on what."""
-    import numpy
-    import threadpoolctl
-
-    blas = [pool for pool in threadpoolctl.threadpool_info() if "numpy" in pool["filepath"]]
-    kernels = ", ".join(f"{pool['internal_api']} {pool['architecture']}" for pool in blas)
-    versions = [f"numpy {numpy.__version__} ({kernels})"]
-    versions += [f"{package} {_version(package)}" for package in ("gqa_ext", "torch", "onnxruntime")]
-    return f"{_cpu_name()}, {os.cpu_count()} cores, threads of each: {threads}; {'; '.join(versions)}"
-
-
-def _version(package: str) -> str:
-    try:
-        return str(importlib.import_module(package).__version__)
-    except ImportError:
-        return "absent"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     """Measure, and print as it goes."""
     args = _arguments()
@@ -102,7 +67,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(report.to_json(_measure(args.works[0], args.rounds, args.threads))))
         return
-    print(_machine(args.threads), flush=True)
+    print(machine.describe(args.threads, ("gqa_ext", "torch", "onnxruntime", "openvino")), flush=True)
     bystanders = Bystanders()
     results = []
     for work in args.works:

@@ -1,4 +1,4 @@
-"""Builds every contender of a work over the same arrays: ours, torch, ONNX Runtime, NumPy, and the two yardsticks.
+"""Builds every contender of a work over the same arrays: ours, torch, ONNX Runtime, OpenVINO, NumPy, and yardsticks.
 
 Called by attention.py. A contender that cannot take part (not installed, no such dtype) is returned as the reason why,
 never left out in silence; one that computes something else than NumPy's attention raises.
@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  gives NumPy the name "bfloat16"
 import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
-from works import GEMM, NUMPY, ORT, OURS, READ, TORCH, WIDEST, Work
+from works import GEMM, NUMPY, OPENVINO, ORT, OURS, READ, TORCH, WIDEST, Work
 
 Array = NDArray[Any]
 Triple = tuple[Array, Array, Array]
@@ -21,6 +22,8 @@ Built = tuple[Callable[[int], Any], str]
 """A call over the data set with the given number, and a note on how it is done."""
 
 GEMM_SIZE = 2048
+TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Largest error over the largest output. Halves: four roundings (libraries may round the weights too)."""
 CACHE_NBYTES = 256 << 20
 """Sets of K and V that decode cycles over fill at least this, eight times the largest L3 slice in common use."""
 
@@ -39,8 +42,16 @@ def _aligned(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Ar
     room = np.empty(nbytes + 64, np.uint8)
     start = -room.ctypes.data % 64
     array = room[start : start + nbytes].view(dtype).reshape(shape)
-    rng.standard_normal(out=array, dtype=np.dtype(dtype))
+    if array.dtype in (np.float32, np.float64):
+        rng.standard_normal(out=array, dtype=array.dtype)
+    else:
+        array[...] = rng.standard_normal(shape, np.float32)
     return array
+
+
+def _wide(array: Array) -> Array:
+    """What NumPy computes with: halves as float32, others as they are."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
 def make_sets(work: Work) -> list[Triple]:
@@ -73,7 +84,7 @@ def _numpy(work: Work, sets: Sequence[Triple]) -> Built:
     bias = None
     if work.is_causal:
         dead = ~np.tri(work.seq_q, work.seq_k, work.seq_k - work.seq_q, dtype=bool)
-        bias = np.where(dead, -np.inf, 0).astype(work.dtype)
+        bias = np.where(dead, -np.inf, 0).astype(_wide(sets[0][0][:0]).dtype)
     return lambda i: numpy_attention(*sets[i % len(sets)], bias), ""
 
 
@@ -103,10 +114,11 @@ def _ours(work: Work, sets: Sequence[Triple], threads: int, isa: str | None) -> 
 
 def _gemm(work: Work) -> Built:
     rng = np.random.default_rng(1)
-    a, b = (_aligned((GEMM_SIZE, GEMM_SIZE), work.dtype, rng) for _ in range(2))
+    dtype = "float64" if work.dtype == "float64" else "float32"
+    a, b = (_aligned((GEMM_SIZE, GEMM_SIZE), dtype, rng) for _ in range(2))
     out = np.empty_like(a)
     kernels = {pool.get("architecture") for pool in threadpoolctl.threadpool_info() if "numpy" in pool["filepath"]}
-    return lambda i: np.matmul(a, b, out=out), f"{GEMM_SIZE} cubed, kernel {', '.join(map(str, kernels))}"
+    return lambda i: np.matmul(a, b, out=out), f"{dtype}, {GEMM_SIZE} cubed, kernel {', '.join(map(str, kernels))}"
 
 
 def _read(sets: Sequence[Triple], threads: int) -> Built:
@@ -133,10 +145,18 @@ def _ort(work: Work, sets: Sequence[Triple], threads: int) -> Built:
     return ort_attention.build(work, sets, threads)
 
 
-def _check(name: str, got: Any, want: Array) -> None:
-    error = float(np.abs(np.asarray(got) - want).max())
-    if not error < 1e-4:
-        raise AssertionError(f"{name} differs from NumPy's attention by {error:.3g}: nothing to compare in speed")
+def _openvino(work: Work, sets: Sequence[Triple], threads: int) -> Built:
+    import openvino_attention
+
+    return openvino_attention.build(work, sets, threads)
+
+
+def _check(name: str, got: Any, want: Array, tolerance: float) -> None:
+    result = np.asarray(got.double() if name == TORCH else got)  # NumPy reads no bfloat16 tensor
+    error = float(np.abs(result - want).max() / np.abs(want).max())
+    if not error < tolerance:
+        far = f"{name} differs from NumPy's attention by {error:.3g} of its largest number"
+        raise AssertionError(f"{far}: nothing to compare in speed")
 
 
 def build(work: Work, threads: int) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -147,11 +167,12 @@ def build(work: Work, threads: int) -> tuple[dict[str, Contender], dict[str, str
         WIDEST: lambda: _ours(work, sets, threads, None),
         TORCH: lambda: _torch(work, sets, threads),
         ORT: lambda: _ort(work, sets, threads),
+        OPENVINO: lambda: _openvino(work, sets, threads),
         NUMPY: lambda: _numpy(work, sets),
         GEMM: lambda: _gemm(work),
         READ: lambda: _read(sets, threads),
     }
-    want = _numpy(work, sets)[0](0)
+    want = _numpy(work, [tuple(map(_wide, sets[0]))])[0](0)
     built: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name in work.contenders:
@@ -161,6 +182,6 @@ def build(work: Work, threads: int) -> tuple[dict[str, Contender], dict[str, str
             absent[name] = str(reason)
             continue
         if name not in (GEMM, READ):
-            _check(name, call(0), want)
+            _check(name, call(0), want, TOLERANCE[work.dtype])
         built[name] = Contender(call, 2 * GEMM_SIZE**3 if name == GEMM else work.amount, note)
     return built, absent

@@ -20,9 +20,11 @@ from works import Work
 Array = NDArray[Any]
 Triple = tuple[Array, Array, Array]
 
+KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
 
 def _session(
-    operator: str, domain: str, opset: int, inputs: Mapping[str, int], outputs: Sequence[str], threads: int,
+    operator: str, domain: str, opset: int, inputs: Mapping[str, int], outputs: Mapping[str, int], threads: int,
     **attributes: Any,
 ) -> onnxruntime.InferenceSession:  # fmt: skip
     node = helper.make_node(operator, list(inputs), list(outputs), domain=domain, **attributes)
@@ -30,7 +32,7 @@ def _session(
         [node],
         operator,
         [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(domain, opset)], ir_version=11)
     options = onnxruntime.SessionOptions()
@@ -63,10 +65,12 @@ def _bsh(x: Array) -> Array:
 
 
 def _group_query_attention(work: Work, sets: Sequence[Triple], threads: int, output: Array) -> list[Callable[[], None]]:
-    floats = dict.fromkeys(("query", "key", "value", "past_key", "past_value"), TensorProto.FLOAT)
+    kind = KINDS[work.dtype]
+    floats = dict.fromkeys(("query", "key", "value", "past_key", "past_value"), kind)
+    outputs = dict.fromkeys(("output", "present_key", "present_value"), kind)
     ints = dict.fromkeys(("seqlens_k", "total_sequence_length"), TensorProto.INT32)
     session = _session(
-        "GroupQueryAttention", "com.microsoft", 1, floats | ints, ("output", "present_key", "present_value"), threads,
+        "GroupQueryAttention", "com.microsoft", 1, floats | ints, outputs, threads,
         num_heads=work.num_heads, kv_num_heads=work.num_kv_heads, do_rotary=0, local_window_size=-1,
     )  # fmt: skip
     lengths = {
@@ -82,23 +86,26 @@ def _group_query_attention(work: Work, sets: Sequence[Triple], threads: int, out
     return [one(*arrays) for arrays in sets]
 
 
-def _attention(sets: Sequence[Triple], threads: int, output: Array) -> list[Callable[[], None]]:
+def _attention(work: Work, sets: Sequence[Triple], threads: int, output: Array) -> list[Callable[[], None]]:
     names = ("query", "key", "value")
-    session = _session("Attention", "", 23, dict.fromkeys(names, TensorProto.FLOAT), ("output",), threads)
+    kind = KINDS[work.dtype]
+    session = _session("Attention", "", 23, dict.fromkeys(names, kind), {"output": kind}, threads)
     return [_bound(session, dict(zip(names, arrays, strict=True)), {"output": output}) for arrays in sets]
 
 
 def build(work: Work, sets: Sequence[Triple], threads: int) -> tuple[Callable[[int], Array], str]:
     """The call, which returns a view of (B, H, S, D), and the operator's name."""
+    if work.dtype not in KINDS:
+        raise ImportError(f"onnxruntime: its attention takes no {work.dtype} on the CPU")
     if work.is_causal or work.seq_q == 1:
         name = "GroupQueryAttention"
-        output = np.empty((work.batch, work.seq_q, work.num_heads, work.head_dim), np.float32)
+        output = np.empty((work.batch, work.seq_q, work.num_heads, work.head_dim), work.dtype)
         runs = _group_query_attention(work, sets, threads, output.reshape(work.batch, work.seq_q, -1))
         output = output.swapaxes(1, 2)
     else:
         name = "Attention"
         output = np.empty_like(sets[0][0])
-        runs = _attention(sets, threads, output)
+        runs = _attention(work, sets, threads, output)
 
     def call(i: int) -> Array:
         runs[i % len(runs)]()

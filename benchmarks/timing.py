@@ -1,6 +1,6 @@
 """Interleaved timing: every contender in turn, round after round, so that a slow minute hits all of them.
 
-Called by attention.py. Times are seconds a call; the caller takes medians. What it guards against: threads of one
+Called by attention.py, rules.py and the contenders that choose a form. Times are seconds a call; the caller takes medians. What it guards against: threads of one
 contender still spinning while the next is timed (`settle`), a cold first call after that pause (one untimed call
 when calls are short), and other programs on the machine, which it cannot stop but measures (`Bystanders`).
 """
@@ -40,6 +40,16 @@ def seconds_per_call(call: Call, data: Iterator[int], calls: int) -> float:
     for _ in range(calls):
         call(next(data))
     return (time.perf_counter() - begin) / calls
+
+
+def best_of(call: Call, tries: int) -> float:
+    """The shortest of several calls: enough to choose between forms of one contender."""
+    times = []
+    for i in range(tries):
+        begin = time.perf_counter()
+        call(i)
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def round_robin(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ OURS = "gqa_ext"
 WIDEST = "gqa_ext, widest ISA"
 TORCH = "torch"
 ORT = "onnxruntime"
+OPENVINO = "openvino"
 NUMPY = "numpy"
 GEMM = "gemm"
 READ = "read"
@@ -60,7 +61,7 @@ class Work:
     @property
     def kv_nbytes(self) -> int:
         """Bytes of K and V together."""
-        itemsize = {"float32": 4, "float64": 8}[self.dtype]
+        itemsize = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[self.dtype]
         return 2 * self.batch * self.num_kv_heads * self.seq_k * self.head_dim * itemsize
 
     @property
@@ -73,6 +74,21 @@ def _decode(name: str, seq_k: int, num_kv_heads: int, batch: int = 1) -> Work:
     return Work(
         name, 1, seq_k, num_kv_heads=num_kv_heads, batch=batch, unit="B", contenders=(OURS, *PEERS, READ),
         floors={READ: 0.7, TORCH: 1.0, ORT: 1.0},
+    )  # fmt: skip
+
+
+def _half_prefill(dtype: str) -> Work:
+    return Work(
+        f"{dtype} prefill 2048 causal, 32/8, D=128", 2048, 2048, dtype=dtype, is_causal=True,
+        contenders=(OURS, TORCH, OPENVINO, GEMM), floors={GEMM: 0.8, TORCH: 1.3, OPENVINO: 1.2},
+    )  # fmt: skip
+
+
+def _half_decode(dtype: str, shape: str, seq_k: int, num_heads: int, floors: dict[str, float]) -> Work:
+    contenders = (OURS, TORCH, READ) if dtype == "bfloat16" else (OURS, TORCH, ORT, READ)  # ORT has no bfloat16 here
+    return Work(
+        f"{dtype} decode {shape}, D=128", 1, seq_k, num_heads, dtype=dtype, unit="B", contenders=contenders,
+        floors=floors,
     )  # fmt: skip
 
 
@@ -90,6 +106,11 @@ WORKS = (
     _decode("decode 16k keys, 32/32, D=128", 16384, 32),
     _decode("decode 8 x 2k keys, 32/8, D=128", 2048, 8, batch=8),
     _decode("decode 8 x 2k keys, 32/32, D=128", 2048, 32, batch=8),
+    _half_prefill("bfloat16"),
+    _half_prefill("float16"),
+    _half_decode("float16", "16k keys, 32/8", 16384, 32, {READ: 0.7, TORCH: 3.0, ORT: 2.0}),
+    _half_decode("bfloat16", "16k keys, 32/8", 16384, 32, {READ: 0.7, TORCH: 3.0}),
+    _half_decode("float16", "4k keys, 64/8", 4096, 64, {TORCH: 3.0, ORT: 1.3}),
     Work("call: one query, one key, 8/2, D=64", 1, 1, 8, 2, 64, contenders=(OURS, *PEERS), floors={TORCH: 1 / 1.5}),
     Work("AVX2 only: prefill 2048 causal, 32/8, D=128", 2048, 2048, is_causal=True, contenders=(OURS, WIDEST, GEMM),
          floors={WIDEST: 0.75, GEMM: 0.75}, any_floor=True, isa="avx2", coretype="Haswell"),
