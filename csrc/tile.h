@@ -10,8 +10,8 @@
 /* Scratch of one thread.  Every buffer begins at a multiple of 64 bytes and holds reals unless it says otherwise. */
 struct gqa_work {
     char *query;              /* unit_tiles x (head_dim, row_tile), or (rows, head_dim padded) when few; scaled */
-    char *scores;             /* (GQA_KEY_TILE, row_tile), or (tile_rows, GQA_KEY_TILE) */
-    char *bias;               /* the same shape */
+    char *scores;             /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
+    char *bias;               /* one tile's shape */
     char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows; with few rows, key takes both */
     char *row;                /* one row of anything */
     char *lo, *hi, *alpha;    /* (stats,) */
