@@ -1,8 +1,9 @@
 """Interleaved timing: every contender in turn, round after round, so that a slow minute hits all of them.
 
-Called by attention.py, rules.py and the contenders that choose a form. Times are seconds a call; the caller takes medians. What it guards against: threads of one
-contender still spinning while the next is timed (`settle`), a cold first call after that pause (one untimed call
-when calls are short), and other programs on the machine, which it cannot stop but measures (`Bystanders`).
+Called by attention.py, rules.py and contenders that choose between forms. Times are seconds a call; the caller takes
+medians. What it guards against: threads of one contender still spinning while the next is timed (`settle`), a cold
+first call after that pause (one untimed call when calls are short), and other programs on the machine, which it cannot
+stop but measures (`Bystanders`).
 """
 
 from __future__ import annotations
