@@ -179,7 +179,7 @@ def share_heads(query: Array, key: Array, value: Array) -> list[Array]:
     return [np.broadcast_to(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
 
 
-def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array) -> bool:
+def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array, call: str = ATTENTION) -> bool:
     """The alignment as ``_core`` takes it: upper left where none is given, as in torch."""
     if alignment is None:
         if is_causal and query.shape[-2:-1] != key.shape[-2:-1]:
@@ -188,7 +188,7 @@ def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array) ->
     if not isinstance(alignment, str) or alignment not in ("upper_left", "lower_right"):
         wanted = "'upper_left', 'lower_right' or None was wanted"
         fix = "pass 'lower_right' where the last query row belongs to the last key, else leave it out"
-        fail(ValueError, ATTENTION, f"causal_alignment is {alignment!r:.40}", wanted, fix)
+        fail(ValueError, call, f"causal_alignment is {alignment!r:.40}", wanted, fix)
     return alignment == "lower_right"
 
 
@@ -238,16 +238,16 @@ def same_place(a: Array, b: Array) -> bool:
     )
 
 
-def as_out(thing: Any) -> Array:
+def as_out(thing: Any, call: str = ATTENTION) -> Array:
     """``out`` as an exact ndarray over the same memory, fit to be written."""
     wanted = "an ndarray of the result's shape and dtype was wanted"
     fix = "pass np.empty(shape, dtype), or leave it out"
     if not isinstance(thing, np.ndarray) or isinstance(thing, np.ma.MaskedArray):
-        fail(TypeError, ATTENTION, f"out is {kind(thing)}", wanted, fix)
+        fail(TypeError, call, f"out is {kind(thing)}", wanted, fix)
     out = np.asarray(thing)
     if not out.flags.writeable:
-        fail(ValueError, ATTENTION, "out is read-only", "an array that can be written was wanted", fix)
+        fail(ValueError, call, "out is read-only", "an array that can be written was wanted", fix)
     if not out.flags.c_contiguous and overlaps_itself(out):
         came = f"out has elements that share memory (shape {out.shape}, strides {out.strides})"
-        fail(ValueError, ATTENTION, came, "each element needs its own place", fix)
+        fail(ValueError, call, came, "each element needs its own place", fix)
     return out

@@ -227,17 +227,17 @@ def check_lengths(name: str, lengths: Array, leading: tuple[int, ...], rows: str
         fail(ValueError, ATTENTION, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
 
 
-def check_out(out: Any, shape: tuple[int, ...], query: Array) -> None:
+def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENTION) -> None:
     """Exactly the result's shape and dtype, and writable."""
     dtype = native(query.dtype)
     fix = f"pass np.empty({shape}, np.{dtype})"
-    check_array(ATTENTION, "out", out)
+    check_array(call, "out", out)
     if out.shape != shape:
-        fail(ValueError, ATTENTION, f"out has shape {out.shape}", f"{shape} was wanted", fix)
+        fail(ValueError, call, f"out has shape {out.shape}", f"{shape} was wanted", fix)
     if native(out.dtype) != dtype:
-        fail(TypeError, ATTENTION, f"out has dtype {out.dtype}", f"query's dtype {dtype} was wanted", fix)
+        fail(TypeError, call, f"out has dtype {out.dtype}", f"query's dtype {dtype} was wanted", fix)
     if not out.flags.writeable:
-        fail(ValueError, ATTENTION, "out is read-only", "an array that can be written was wanted", fix)
+        fail(ValueError, call, "out is read-only", "an array that can be written was wanted", fix)
 
 
 # ---- the other calls of _core ----

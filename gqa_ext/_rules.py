@@ -151,10 +151,10 @@ def as_integers(call: str, name: str, thing: Any) -> Array:
     return array.astype(np.int64)
 
 
-def with_dropout(rules: Rules, dropout_p: Any, rng: Any) -> Rules:
+def with_dropout(rules: Rules, dropout_p: Any, rng: Any, call: str = ATTENTION) -> Rules:
     """The rules and dropout; a Generator gives its one seed only where something can be dropped."""
-    probability = as_dropout(ATTENTION, "dropout_p", dropout_p)
-    seed = as_seed(ATTENTION, rng) if probability or not isinstance(rng, np.random.Generator) else 0
+    probability = as_dropout(call, "dropout_p", dropout_p)
+    seed = as_seed(call, rng) if probability or not isinstance(rng, np.random.Generator) else 0
     return rules._replace(dropout_p=probability, seed=seed)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arguments, _core
+from . import _arguments, _core, _explain
 from ._docs import shared_docs
 from ._messages import ANY_FLOAT, FLOATS, Array, fail, native, shapes
 from ._rules import NO_RULES, Rules, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
@@ -71,7 +71,7 @@ def varlen_attention(
         fail(ValueError, CALL, came, "as many were wanted", "give every sequence an offset in both, also an empty one")
     heads, sequences = arrays[0].shape[1], len(q_starts) - 1
     left, right = (None, None) if window is None else as_window(CALL, window)
-    rules = with_dropout(NO_RULES, dropout_p, rng)._replace(
+    rules = with_dropout(NO_RULES, dropout_p, rng, CALL)._replace(
         left=left, right=right,
         softcap=0.0 if softcap is None else as_softcap(CALL, softcap),
         alibi_slopes=None if alibi_slopes is None else packed_slopes(alibi_slopes, sequences, heads),
@@ -79,7 +79,7 @@ def varlen_attention(
         cu_seqlens_q=q_starts, cu_seqlens_k=k_starts)  # fmt: skip
     options = (
         _arguments.as_flag(CALL, "is_causal", is_causal),
-        _arguments.is_lower_right(causal_alignment, False, arrays[0], arrays[1]),
+        _arguments.is_lower_right(causal_alignment, False, arrays[0], arrays[1], CALL),
         None if scale is None else _arguments.as_scale(CALL, scale),
     )
     wants_lse = _arguments.as_flag(CALL, "return_lse", return_lse)
@@ -93,11 +93,8 @@ def _attend(
     """The call itself, with the LSE; rows past the last offset belong to no sequence."""
     query, _, value = arrays
     shape = (*query.shape[:2], value.shape[2])
-    target = np.empty(shape, native(query.dtype)) if out is None else _arguments.as_out(out)
-    if target.shape != shape or target.dtype != query.dtype or not target.flags.writeable:
-        came = f"out is {target.dtype} {target.shape}" + ("" if target.flags.writeable else ", read-only")
-        wanted = f"a writable {query.dtype} {shape} was wanted"
-        fail(ValueError, CALL, came, wanted, "leave it out or pass such an array")
+    target = np.empty(shape, native(query.dtype)) if out is None else _arguments.as_out(out, CALL)
+    _explain.check_out(target, shape, query, CALL)
     clash = any(_arguments.overlap(target, array) for array in arrays)
     written = np.empty(shape, native(query.dtype)) if clash else target
     q, k, v, o = (array.transpose(1, 0, 2) for array in (*arrays, written))

@@ -80,6 +80,20 @@ def test_out_and_no_sequences() -> None:
     assert not gqa_ext.varlen_attention(query, key, value, [0], [0]).any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_any_byte_order(dtype: Any) -> None:
+    """Inputs and out of the other byte order; a new array has the native one."""
+    query, key, value, q_starts, k_starts = packed(np.random.default_rng(6), [4, 3], [9, 11], dtype)
+    wanted = gqa_ext.varlen_attention(query, key, value, q_starts, k_starts)
+    swapped = [array.astype(array.dtype.newbyteorder()) for array in (query, key, value)]
+    answer = gqa_ext.varlen_attention(*swapped, q_starts, k_starts)
+    assert answer.dtype.isnative
+    np.testing.assert_array_equal(answer, wanted)
+    out = np.empty_like(wanted, dtype=swapped[0].dtype)
+    assert gqa_ext.varlen_attention(query, key, value, q_starts, k_starts, out=out) is out
+    np.testing.assert_array_equal(out, wanted)
+
+
 def test_dropout_follows_the_sequence() -> None:
     """b is the sequence's index, so a longer neighbour moves nothing."""
     query, key, value, q_starts, k_starts = packed(np.random.default_rng(4), [4, 3], [9, 11], np.float32)
@@ -107,7 +121,13 @@ def test_dropout_follows_the_sequence() -> None:
         ({"query": np.ones((7, 5, 20), np.float32)}, ValueError, "multiple of key heads"),
         ({"query": np.ones((7, 6, 20), np.int32)}, TypeError, "astype"),
         ({"query": np.ones((7, 6, 20))}, TypeError, "float64 goes only with float64"),
-        ({"out": np.ones((7, 6, 20), np.float32)}, ValueError, "out is"),
+        ({"out": np.ones((10, 6, 13), np.float32)}, ValueError, r"out has shape .*\(10, 6, 12\) was wanted: pass"),
+        ({"out": np.ones((10, 6, 12))}, TypeError, "out has dtype float64; query's dtype float32 was wanted: pass"),
+        ({"out": np.broadcast_to(np.float32(0), (10, 6, 12))}, ValueError, "out is read-only"),
+        ({"out": [1.0]}, TypeError, "out is a list"),
+        ({"dropout_p": 2.0}, ValueError, "dropout_p is 2.0"),
+        ({"dropout_p": 0.5, "rng": "seed"}, TypeError, "rng is"),
+        ({"causal_alignment": "bottom_right"}, ValueError, "causal_alignment is 'bottom_right'"),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], words: str) -> None:
