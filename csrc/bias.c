@@ -28,27 +28,60 @@ static void add_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, s
     }
 }
 
-/* Positions are taken from the first row's, so that distances are exact in float up to 2^24. */
+/* How far apart float holds distances exactly. */
+static const int64_t EXACT = INT64_C(1) << 24;
+
+/* A position relative to the tile's origin; clears *exact where a real might not hold it. */
+static void put_position(const struct gqa_plan *plan, char *to, int64_t i, int64_t position, int64_t origin,
+                         bool *exact) {
+    const int64_t x = gqa_less(position, origin);
+    gqa_put(plan->kernels, to, i, (double)x);
+    if (x > EXACT || x < -EXACT) *exact = false;
+}
+
+/* Slopes and positions of a tile's rows and keys; false where some lie too far apart for `tilt`. */
+static bool lay_positions(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                          int64_t first_row, int rows, int64_t first_key, int keys) {
+    const struct gqa_operand *slopes = &plan->slopes;
+    const int64_t origin = gqa_query_position(plan, unit, first_row / plan->group);
+    const char *at = gqa_operand_at(plan, slopes, unit->sequence, 0);
+    bool exact = true;
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = first_row + r, head = unit->kv_head * plan->group + row % plan->group;
+        plan->kernels->load(work->slope + r * (int64_t)plan->kernels->real_size, 1, at + head * slopes->column, 0,
+                            slopes->dtype, slopes->swapped, 1);
+        put_position(plan, work->row_at, r, gqa_query_position(plan, unit, row / plan->group), origin, &exact);
+    }
+    for (int j = 0; j < keys; j++)
+        put_position(plan, work->key_at, j, gqa_key_position(plan, unit, first_key + j), origin, &exact);
+    return exact;
+}
+
+/* Slot by slot, for positions that only integers can tell apart. */
+static void tilt_far(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first_row,
+                     int rows, int64_t first_key, int keys) {
+    const struct strides strides = strides_of(unit);
+    for (int r = 0; r < rows; r++) {
+        const int64_t row_at = gqa_query_position(plan, unit, (first_row + r) / plan->group);
+        const double slope = gqa_get(plan->kernels, work->slope, r);
+        for (int j = 0; j < keys; j++) {
+            const ptrdiff_t at = r * strides.row + j * strides.key;
+            const double away = (double)gqa_less(row_at, gqa_key_position(plan, unit, first_key + j));
+            gqa_put(plan->kernels, work->bias, at, gqa_get(plan->kernels, work->bias, at) - slope * fabs(away));
+        }
+    }
+}
+
 static void add_alibi(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       int64_t first_row, int rows, int64_t first_key, int keys) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const struct gqa_operand *slopes = &plan->slopes;
-    const int64_t origin = gqa_query_position(plan, unit, first_row / plan->group);
-    const int64_t real = (int64_t)kernels->real_size;
-    const char *at = gqa_operand_at(plan, slopes, unit->sequence, 0);
-    for (int r = 0; r < rows; r++) {
-        const int64_t row = first_row + r, head = unit->kv_head * plan->group + row % plan->group;
-        kernels->load(work->slope + r * real, 1, at + head * slopes->column, 0, slopes->dtype, slopes->swapped, 1);
-        gqa_put(kernels, work->row_at, r, (double)gqa_less(gqa_query_position(plan, unit, row / plan->group), origin));
-    }
-    for (int j = 0; j < keys; j++)
-        gqa_put(kernels, work->key_at, j, (double)gqa_less(gqa_key_position(plan, unit, first_key + j), origin));
-    if (unit->form->few)
-        kernels->tilt(work->bias, GQA_KEY_TILE, rows, (int)gqa_round_up(keys, kernels->lanes), work->slope,
-                      work->row_at, work->key_at, true);
+    const bool few = unit->form->few;
+    if (lay_positions(plan, unit, work, first_row, rows, first_key, keys))
+        kernels->tilt(work->bias, few ? GQA_KEY_TILE : (ptrdiff_t)unit->form->tile_rows, few ? rows : keys,
+                      (int)gqa_round_up(few ? keys : rows, kernels->lanes), work->slope, work->row_at, work->key_at,
+                      few);
     else
-        kernels->tilt(work->bias, (ptrdiff_t)unit->form->tile_rows, keys, (int)gqa_round_up(rows, kernels->lanes),
-                      work->slope, work->row_at, work->key_at, false);
+        tilt_far(plan, unit, work, first_row, rows, first_key, keys);
 }
 
 /* Explicit key positions may be in any order, so causal and window cannot be bounds. */

@@ -146,7 +146,7 @@ void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, i
     if (plan->key_positions.data) return; /* in any order: the bias tile says who is live */
     const int64_t position = gqa_query_position(plan, unit, i);
     *lo = gqa_max(0, gqa_min(*hi, gqa_less(position, plan->left)));
-    *hi = gqa_max(*lo, gqa_min(*hi, gqa_less(position, -plan->right - 1)));
+    if (plan->right != GQA_FAR) *hi = gqa_max(*lo, gqa_min(*hi, gqa_less(position, -plan->right - 1)));
 }
 
 /* ---- the cut ---- */

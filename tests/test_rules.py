@@ -300,3 +300,24 @@ def test_rules_of_strided_and_swapped_arrays() -> None:
         spread = np.repeat(x.astype(x.dtype.newbyteorder()), 2, axis=-1)[..., ::2]
         odd[name] = np.flip(np.ascontiguousarray(np.flip(spread, -1)), -1)
     same(attend(replace(given, **odd)), attend(given))
+
+
+@pytest.mark.parametrize("far", [2**24 + 2, 2**31 - 1, -(2**31), 2**62, -(2**63)])
+def test_alibi_beside_rows_far_away(far: int, isa: str) -> None:
+    """A row that stands far from all others, padding perhaps, takes no distance from its neighbours."""
+    plain = rules.problem(Mix(seq_q=11, seq_k=40))
+    slopes = np.full(4, 0.5, np.float32)
+    given = replace(plain, query_positions=np.r_[far, 1:11], alibi_slopes=slopes)
+    out, lse = attend(given)
+    near, near_lse = attend(replace(given, query_positions=np.r_[0, 1:11]))
+    np.testing.assert_allclose(out[..., 1:, :], near[..., 1:, :], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse[..., 1:], near_lse[..., 1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("far", [-(2**63), 2**63 - 1])
+def test_open_sides_have_no_end(far: int, isa: str) -> None:
+    plain = rules.problem(Mix(seq_q=3, seq_k=40))
+    wanted, wanted_lse = attend(plain)
+    out, lse = attend(replace(plain, query_positions=np.array([far, 1, 2])))
+    np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_array_equal(lse, wanted_lse)
