@@ -195,6 +195,7 @@ def test_ctrl_c_ends_a_call_of_hours(count: int, call: str, tmp_path: Path) -> N
     import signal
 
     gqa_ext.set_num_threads({count})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     try:
         {call}()
