@@ -19,10 +19,10 @@ from reference import Problem
 
 Array = NDArray[Any]
 
-# Around every lane width (2..16), row tile (up to 48, eight to a unit), key tile (128) and key split (512).
+# Around every lane width (2..16), row tile (up to 48, eight to a unit), key tile (128) and key split (2048).
 QUERY_SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49, 64, 95, 97, 191, 193, 383, 385)
 KEY_SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 100, 127, 128, 129, 255, 256, 257, 383, 385,
-             511, 512, 513, 640, 1023, 1025)  # fmt: skip
+             640, 2047, 2048, 2049, 4097)  # fmt: skip
 HEAD_DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 72, 80, 96, 100,
              127, 128, 129, 160, 192, 255, 256, 257, 320, 511, 512, 513, 576)  # fmt: skip
 RATIOS = (1, 3, 5, 7, 71)
@@ -244,7 +244,7 @@ def ratios(dtype: str) -> Iterator[Case]:
 def kinds(dtype: str) -> Iterator[Case]:
     """Every kind of values, in few rows and many, over one key tile and several splits."""
     for kind in KINDS:
-        for seq_q, seq_k, head_dim in ((1, 60, 64), (3, 1100, 24), (60, 129, 64), (50, 700, 8)):
+        for seq_q, seq_k, head_dim in ((1, 60, 64), (3, 4200, 24), (60, 129, 64), (50, 700, 8)):
             yield Case(dtype=dtype, kind=kind, seq_q=seq_q, seq_k=seq_k, head_dim=head_dim, v_head_dim=20)
 
 

@@ -19,7 +19,7 @@ import gqa_ext
 
 Array = NDArray[Any]
 POISONS = (np.nan, np.inf, -np.inf, 1e30)
-SIZES = [(2, 5), (3, 140), (2, 700), (20, 9), (60, 140), (50, 1100)]  # both forms; in a tile, across tiles and splits
+SIZES = [(2, 5), (3, 140), (2, 700), (20, 9), (60, 140), (50, 2200)]  # both forms; in a tile, across tiles and splits
 
 
 def agree(isa: str, query: Array, key: Array, value: Array, mask: Any = None, **rules: Any) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ import gqa_ext
 Array = NDArray[Any]
 DTYPES = ("float32", "float64")
 # Few rows and many; one key split and several; more row tiles than one unit holds.
-SIZES = [(1, 3000), (3, 1500), (11, 130), (60, 1100), (450, 300)]
+SIZES = [(1, 6500), (3, 4200), (11, 130), (60, 2200), (450, 300)]
 LONG = [(1, 40_000), (5, 9_001), (70, 5_000)]  # of one head: only its keys can be shared out
 
 
