@@ -9,6 +9,12 @@ static inline int64_t gqa_dim(const struct gqa_array *array, int back) {
     return back <= array->ndim ? array->shape[array->ndim - back] : 1;
 }
 
+/* Keys of a sequence as masks and positions count them. */
+int64_t gqa_seq_k(const struct gqa_attention *problem);
+
+/* Every entry of an int64 (B, blocks) table that lengths (B,) make use of is in 0..blocks - 1. */
+bool gqa_blocks_fit(const struct gqa_array *table, const struct gqa_array *lengths, int64_t rows, int64_t blocks);
+
 /* Whether out and lse have the types and the shape that gqa_attention_shape gave. */
 bool gqa_outputs_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape);
 

@@ -15,4 +15,22 @@ struct gqa_rows {
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                               int64_t first, int64_t count, int64_t width, void *scratch);
 
+/* Keys of one sequence and head that lie at one stride, the operand's. */
+struct gqa_run {
+    const char *at;
+    int64_t count;
+};
+
+/* The run that begins with key `first` and holds at most `count` keys. */
+struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
+                            int64_t first, int64_t count);
+
+/* Keys `first` to `first + count`: in place where gqa_view_rows would and they lie in one run. */
+struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, void *scratch);
+
+/* Their scales. */
+const float *gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
+                             int64_t first, int64_t count, float *scratch);
+
 #endif
