@@ -3,7 +3,7 @@
  * The call is cut into units (plan.c); a task makes the parts of a unit's spans
  * (tile.c) and joins them (merge.c).  Where units are fewer than threads, the spans of
  * a unit are cut into chunks, whose parts are joined by whoever finishes last: the
- * same tree of joins, so the same bits.  Called by module.c. */
+ * same tree of joins, so the same bits.  Called by python/attention.c. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* check.c: says yes or no to an attention problem; who wants to know why asks Python.
- * gqa_attention_shape is called by module.c and plan.c. */
+ * gqa_attention_shape is called by python/attention.c and plan.c. */
 #include "check.h"
 
 #include <math.h>

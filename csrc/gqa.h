@@ -3,7 +3,7 @@
  * A problem struct describes arrays wherever and however they lie; a function
  * checks it, says no with a status, or does the work.  Nothing here builds text:
  * who gets GQA_BAD_ARGUMENT explains (in Python: gqa_ext/_explain.py).
- * Called by module.c and by the tests in tests/c. */
+ * Called by csrc/python and by the tests in tests/c. */
 #ifndef GQA_H
 #define GQA_H
 
