@@ -83,16 +83,18 @@ int64_t gqa_seq_k(const struct gqa_attention *problem) {
     return problem->cached ? problem->cached_keys : gqa_dim(&problem->key, 2);
 }
 
-static int64_t item(const struct gqa_array *array, int64_t i, int64_t j) {
+int64_t gqa_integer(const struct gqa_array *array, int64_t i, int64_t j) {
     int64_t x;
-    memcpy(&x, array->data + i * array->strides[0] + j * (array->ndim > 1 ? array->strides[1] : 0), sizeof x);
+    memcpy(&x, array->data + i * array->strides[0] + (array->ndim > 1 ? j * array->strides[1] : 0), sizeof x);
     return x;
 }
 
-bool gqa_blocks_fit(const struct gqa_array *table, const struct gqa_array *lengths, int64_t rows, int64_t blocks) {
-    for (int64_t b = 0; b < table->shape[0]; b++)
-        for (int64_t j = 0; j * rows < item(lengths, b, 0); j++)
-            if (j >= table->shape[1] || item(table, b, j) < 0 || item(table, b, j) >= blocks) return false;
+bool gqa_blocks_fit(const struct gqa_array *table, int64_t b, int64_t first, int64_t end, int64_t rows,
+                    int64_t blocks) {
+    if (first >= end) return true;
+    if ((end - 1) / rows >= table->shape[1]) return false;
+    for (int64_t j = first / rows; j <= (end - 1) / rows; j++)
+        if (gqa_integer(table, b, j) < 0 || gqa_integer(table, b, j) >= blocks) return false;
     return true;
 }
 
@@ -111,9 +113,12 @@ static bool cache_fits(const struct gqa_attention *problem) {
     if (!problem->cached) return !table->data && !problem->key_scales.data && !problem->value_scales.data;
     if (problem->cu_seqlens_q.data || key->ndim != 4 || value->ndim != 4 || lengths->ndim != 1) return false;
     if (!table->data) return gqa_dim(key, 2) > 0 || problem->cached_keys == 0;
-    return table->ndim == 2 && is_integer(table) && lengths->shape[0] == table->shape[0] &&
-           key->shape[0] == value->shape[0] && gqa_dim(key, 2) > 0 &&
-           gqa_blocks_fit(table, lengths, gqa_dim(key, 2), key->shape[0]);
+    if (table->ndim != 2 || !is_integer(table) || lengths->shape[0] != table->shape[0] ||
+        key->shape[0] != value->shape[0] || gqa_dim(key, 2) < 1)
+        return false;
+    for (int64_t b = 0; b < table->shape[0]; b++)
+        if (!gqa_blocks_fit(table, b, 0, gqa_integer(lengths, b, 0), gqa_dim(key, 2), key->shape[0])) return false;
+    return true;
 }
 
 static bool lengths_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {

@@ -15,7 +15,10 @@
 
 #include "gqa.h"
 
-enum { GQA_KEY_TILE = 128 }; /* keys that share one score tile */
+enum {
+    GQA_KEY_TILE = 128, /* keys that share one score tile */
+    GQA_PIECE = 16,     /* values that few rows sum up at a time: a tile's sum has the same bits in any such pieces */
+};
 
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
  * c and scale are padded to whole vectors; so is a for `outer`. */

@@ -103,10 +103,7 @@ BLOCK void few_rows(real *c, ptrdiff_t c_stride, const real *scale, const real *
 }
 
 /* Keys that outer_few takes at a time: what is not read in one pass stays in the first-level cache. */
-static int few_piece(int lanes, int n, int count) {
-    const bool one_pass = lanes <= FEW_VECTORS * LANES && n <= FEW_COLUMNS;
-    return one_pass || count < 16 ? count : 16;
-}
+static int few_piece(int count) { return count < GQA_PIECE ? count : GQA_PIECE; }
 
 static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a_, ptrdiff_t a_stride, int lanes,
                       const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
@@ -114,7 +111,7 @@ static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const voi
     const real *a = a_, *b = b_;
     (void)b_t;
     for (int t = 0, some; t < count; t += some, a += some * a_stride, b += some) {
-        some = few_piece(lanes, n, count - t);
+        some = few_piece(count - t);
         if (lanes <= FEW_VECTORS * LANES)
             few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, false);
         else
@@ -148,7 +145,7 @@ static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, cons
 static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride,
                               int lanes, const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
     for (int t = 0, some; t < count; t += some) {
-        some = few_piece(lanes, n, count - t);
+        some = few_piece(count - t);
         outer_careful(c, c_stride, scale, (const real *)a + t * a_stride, a_stride, lanes, (const real *)b + t, b_n,
                       b_t, n, some);
     }

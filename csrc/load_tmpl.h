@@ -34,6 +34,7 @@ static const real mask_adds[] = {-INFINITY, 0};
 BLOCK real real_at(const char *from, const enum gqa_dtype dtype, bool swapped) {
     switch (dtype) {
     case GQA_BOOL: return mask_adds[*from != 0];
+    case GQA_INT8: return (real)(int8_t)bits_at(from, 1, false);
     case GQA_FLOAT32: return gqa_float_from_bits((uint32_t)bits_at(from, 4, swapped));
     default: return clamped(gqa_double_from_bits(bits_at(from, 8, swapped)));
     }
@@ -80,6 +81,7 @@ static void load(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step
     case GQA_BFLOAT16: load_halves(to, to_stride, from, step, GQA_BFLOAT16, swapped, n); break;
     case GQA_FLOAT32: load_as(to, to_stride, from, step, GQA_FLOAT32, swapped, n); break;
     case GQA_FLOAT64: load_as(to, to_stride, from, step, GQA_FLOAT64, swapped, n); break;
+    case GQA_INT8: load_as(to, to_stride, from, step, GQA_INT8, false, n); break;
     case GQA_INT64: break; /* lengths and positions stay integers */
     }
 }

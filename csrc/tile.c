@@ -14,7 +14,6 @@
 
 enum {
     CACHE_LINE = 64,
-    PIECE = 16,       /* keys that few rows take at a time where theirs must be loaded: see piece_of */
     FETCHED_ROWS = 8, /* about what memory delivers while it would otherwise wait for the next stream to be noticed */
 };
 
@@ -125,16 +124,16 @@ struct step {
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
     keys->key =
-        gqa_view_rows(plan->kernels, &plan->key, gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head),
-                      keys->first, keys->end - keys->first, plan->head_dim, work->key);
+        gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, keys->end - keys->first, plan->head_dim,
+                      work->key);
 }
 
 /* Few rows are done with the keys by then, and one buffer stays in the first-level cache better than two. */
 static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                         struct key_tile *keys) {
     keys->value =
-        gqa_view_rows(plan->kernels, &plan->value, gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head),
-                      keys->first, keys->end - keys->first, plan->v_dim, unit->form->few ? work->key : work->value);
+        gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, plan->v_dim,
+                      unit->form->few ? work->key : work->value);
     keys->state = UNKNOWN;
 }
 
@@ -189,11 +188,13 @@ static bool needs_care(const struct gqa_plan *plan, const struct step *step, str
     return step->masked && keys->state == NOT_FINITE;
 }
 
-/* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
+/* Asks for the first rows of a stream that comes next; rows past the last key do no harm. */
 static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
                        int64_t first, int64_t width) {
-    const uintptr_t base = (uintptr_t)gqa_operand_at(plan, operand, unit->sequence, unit->kv_head);
-    for (int64_t i = first; i < first + FETCHED_ROWS; i++)
+    if (first >= unit->seq_k) return;
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, FETCHED_ROWS);
+    const uintptr_t base = (uintptr_t)run.at;
+    for (int64_t i = 0; i < run.count; i++)
         for (int64_t byte = 0; byte < width * operand->column; byte += CACHE_LINE)
             __builtin_prefetch((const void *)(base + (uintptr_t)(i * operand->row + byte)), 0, 2);
 }
@@ -203,7 +204,7 @@ static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit,
  * 6.4 by 32 or whole tiles.  The dtype alone decides, since a piece is also a sum: the same bits however
  * an array lies. */
 static int64_t piece_of(const struct gqa_operand *operand) {
-    return operand->dtype == GQA_FLOAT16 || operand->dtype == GQA_BFLOAT16 ? PIECE : GQA_KEY_TILE;
+    return operand->dtype == GQA_FLOAT16 || operand->dtype == GQA_BFLOAT16 ? GQA_PIECE : GQA_KEY_TILE;
 }
 
 /* The step's first row among rows of a key tile. */
@@ -218,7 +219,7 @@ static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
     const int64_t real = (int64_t)kernels->real_size, piece = piece_of(&plan->key);
     struct key_tile keys = {.first = step->first};
     for (; keys.first < step->end; keys.first = keys.end) {
-        keys.end = gqa_min(keys.first + piece, step->end);
+        keys.end = gqa_min(keys.first + piece, gqa_piece_end(plan, &plan->key, unit, keys.first, step->end));
         load_keys(plan, unit, work, &keys);
         kernels->dot(step->scores + (keys.first - step->first) * real, work->query,
                      (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, keys.key.data,
@@ -273,7 +274,7 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
         kernels->blend(step->o, NULL, o_lanes, rows, o_lanes, work->alpha, NULL, true);
     struct key_tile keys = {.first = step->first};
     for (; keys.first < step->end; keys.first = keys.end) {
-        keys.end = gqa_min(keys.first + piece, step->end);
+        keys.end = gqa_min(keys.first + piece, gqa_piece_end(plan, &plan->value, unit, keys.first, step->end));
         load_values(plan, unit, work, &keys);
         gqa_outer *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
         outer(step->o, o_lanes, work->ones, keys.value.data, keys.value.stride, (int)plan->v_dim,

@@ -46,24 +46,46 @@ struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operan
     return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
 }
 
-struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                              const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, void *scratch) {
-    const int64_t row_bytes = width * (int64_t)plan->kernels->real_size;
-    struct gqa_run run = gqa_view_run(plan, operand, unit, first, count);
-    if (run.count == count) return gqa_view_rows(plan->kernels, operand, run.at, 0, count, width, scratch);
+int64_t gqa_piece_end(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
+                      int64_t first, int64_t end) {
+    const int64_t run = gqa_view_run(plan, operand, unit, first, end - first).count;
+    return run == end - first ? end : gqa_min(end, first + gqa_max(GQA_PIECE, run - run % GQA_PIECE));
+}
+
+/* Multiplies rows of reals, in place. */
+static void scale_rows(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
+                       int64_t first, int64_t count, int64_t width, char *rows) {
+    struct gqa_run run;
+    for (int64_t done = 0; done < count; done += run.count) {
+        run = gqa_view_run(plan, scales, unit, first + done, count - done);
+        for (int64_t i = 0; i < run.count; i++) {
+            char *row = rows + (done + i) * width * (int64_t)plan->kernels->real_size;
+            float scale;
+            memcpy(&scale, run.at + i * scales->row, sizeof scale);
+            plan->kernels->spread(row, 1, row, (int)width, (double)scale);
+        }
+    }
+}
+
+/* Run by run to scratch (count, width). */
+static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, char *scratch) {
+    struct gqa_run run;
     for (int64_t done = 0; done < count; done += run.count) {
         run = gqa_view_run(plan, operand, unit, first + done, count - done);
-        load_rows(plan->kernels, operand, run.at, run.count, width, (char *)scratch + done * row_bytes);
+        load_rows(plan->kernels, operand, run.at, run.count, width,
+                  scratch + done * width * (int64_t)plan->kernels->real_size);
     }
     return (struct gqa_rows){scratch, (ptrdiff_t)width};
 }
 
-const float *gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
-                             int64_t first, int64_t count, float *scratch) {
-    struct gqa_run run;
-    for (int64_t done = 0; done < count; done += run.count) {
-        run = gqa_view_run(plan, scales, unit, first + done, count - done);
-        for (int64_t i = 0; i < run.count; i++) memcpy(&scratch[done + i], run.at + i * scales->row, sizeof *scratch);
-    }
-    return scratch;
+struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
+                              int64_t count, int64_t width, void *scratch) {
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, count);
+    if (run.count == count && !scales->data)
+        return gqa_view_rows(plan->kernels, operand, run.at, 0, count, width, scratch);
+    const struct gqa_rows rows = gather(plan, operand, unit, first, count, width, scratch);
+    if (scales->data) scale_rows(plan, scales, unit, first, count, width, scratch);
+    return rows;
 }

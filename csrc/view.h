@@ -25,12 +25,15 @@ struct gqa_run {
 struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
                             int64_t first, int64_t count);
 
-/* Keys `first` to `first + count`: in place where gqa_view_rows would and they lie in one run. */
-struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                              const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, void *scratch);
+/* Where a few rows' next piece of keys ends: no further than a run, and at a multiple of GQA_PIECE, so that sums
+ * have the same bits wherever the keys lie. */
+int64_t gqa_piece_end(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
+                      int64_t first, int64_t end);
 
-/* Their scales. */
-const float *gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
-                             int64_t first, int64_t count, float *scratch);
+/* Keys `first` to `first + count`: in place where gqa_view_rows would and they lie in one run.  int8 rows are
+ * multiplied by their scales. */
+struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
+                              int64_t count, int64_t width, void *scratch);
 
 #endif
