@@ -20,7 +20,7 @@ enum gqa_status {
     GQA_INTERRUPTED, /* gqa_poll said stop; outputs hold garbage */
 };
 
-enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL, GQA_INT64 };
+enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL, GQA_INT64, GQA_INT8 };
 
 /* Any strided array.  data == NULL says the argument is absent. */
 struct gqa_array {
