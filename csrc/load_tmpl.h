@@ -7,6 +7,48 @@
 
 #include "half.h"
 
+/* ---- rows in place: what few_tmpl.h streams ---- */
+
+/* The dtype of the table's own reals. */
+static const enum gqa_dtype OWN = sizeof(real) == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
+
+/* A dtype that dot and outer_few read in place; doubles go with doubles only. */
+BLOCK enum gqa_dtype streamed(enum gqa_dtype dtype) { return sizeof(real) == sizeof(float) ? dtype : OWN; }
+
+BLOCK ptrdiff_t size_of(const enum gqa_dtype dtype) {
+    switch (dtype) {
+    case GQA_INT8: return 1;
+    case GQA_FLOAT16:
+    case GQA_BFLOAT16: return 2;
+    default: return sizeof(real);
+    }
+}
+
+/* A vector of a row, from element t on. */
+BLOCK vec row_vec(const char *row, ptrdiff_t t, const enum gqa_dtype dtype) {
+    row += t * size_of(dtype);
+    switch (dtype) {
+    case GQA_INT8: return vload_int8(row);
+    case GQA_FLOAT16: return vload_float16(row);
+    case GQA_BFLOAT16: return vload_bfloat16(row);
+    default: return vload((const real *)(const void *)row);
+    }
+}
+
+/* Its last n elements, n < LANES, and zeros. */
+BLOCK vec row_rest(const char *row, ptrdiff_t t, int n, const enum gqa_dtype dtype) {
+    if (dtype == OWN) return vload_n((const real *)(const void *)row + t, n);
+    uint16_t part[LANES] = {0};
+    memcpy(part, row + t * size_of(dtype), (size_t)(n * size_of(dtype)));
+    return row_vec((const char *)part, 0, dtype);
+}
+
+BLOCK vec row_some(const char *row, int t, int width, const enum gqa_dtype dtype) {
+    return width - t < LANES ? row_rest(row, t, width - t, dtype) : row_vec(row, t, dtype);
+}
+
+/* ---- rows to reals ---- */
+
 /* One element of any alignment and byte order, as bits. */
 BLOCK uint64_t bits_at(const char *from, const size_t size, bool swapped) {
     uint8_t byte;

@@ -6,8 +6,9 @@
 #include "plan.h"
 
 struct gqa_rows {
-    const char *data; /* reals */
-    ptrdiff_t stride; /* reals */
+    const char *data;
+    ptrdiff_t stride; /* elements */
+    enum gqa_dtype dtype;
 };
 
 /* Rows `first` to `first + count` of the matrix at `at`: in place when its reals lie one after
@@ -21,19 +22,27 @@ struct gqa_run {
     int64_t count;
 };
 
-/* The run that begins with key `first` and holds at most `count` keys. */
+/* The run that begins with key `first`, and `count` keys of it at most. */
 struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
                             int64_t first, int64_t count);
 
-/* Where a few rows' next piece of keys ends: no further than a run, and at a multiple of GQA_PIECE, so that sums
- * have the same bits wherever the keys lie. */
-int64_t gqa_piece_end(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
-                      int64_t first, int64_t end);
-
-/* Keys `first` to `first + count`: in place where gqa_view_rows would and they lie in one run.  int8 rows are
- * multiplied by their scales. */
+/* Keys `first` to `first + count`, at most a tile: in place where gqa_view_rows would and they lie in one run.  int8
+ * rows are multiplied by their scales. */
 struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
                               const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
                               int64_t count, int64_t width, void *scratch);
+
+/* The same for few rows: in place also where a kernel widens them as it reads, and int8 is left as it is. */
+struct gqa_rows gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width,
+                                void *scratch);
+
+/* Where the piece that few rows take at once ends: with its run, or at a multiple of GQA_PIECE, so that sums have the
+ * same bits wherever keys lie. */
+int64_t gqa_piece_end(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
+                      int64_t first, int64_t end);
+
+void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
+                     int64_t first, int64_t count, float *to);
 
 #endif
