@@ -181,8 +181,8 @@ static int lanes_of(const struct gqa_plan *plan, const struct step *step) {
 static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
     if (step->masked && keys->state == UNKNOWN) {
         const int count = (int)(keys->end - keys->first);
-        const bool finite = plan->kernels->all_finite(keys->value.data, keys->value.stride,
-                                                      keys->value.dtype, count, (int)plan->v_dim);
+        const bool finite =
+            plan->kernels->all_finite(keys->value.data, keys->value.stride, keys->value.dtype, count, (int)plan->v_dim);
         keys->state = finite ? FINITE : NOT_FINITE;
     }
     return step->masked && keys->state == NOT_FINITE;
@@ -211,7 +211,7 @@ static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
         gqa_stream_rows(kernels, &plan->key, gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head),
                         step->first, count, plan->head_dim, work->key);
     kernels->dot(step->scores, work->query, (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows,
-                 key.data, key.stride, key.dtype, count, (int)plan->head_dim);
+                 key.data, key.stride, key.dtype, count, (int)plan->head_dim, GQA_FETCH_AHEAD);
 }
 
 static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
@@ -264,7 +264,7 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
                         keys.first, count, plan->v_dim, work->value);
     gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
     outer(step->o, o_lanes, keys.value.data, keys.value.stride, keys.value.dtype, (int)plan->v_dim, step->scores,
-          GQA_KEY_TILE, rows, count);
+          GQA_KEY_TILE, rows, count, GQA_FETCH_AHEAD);
 }
 
 static void add_values(const struct gqa_plan *plan, struct gqa_work *work, const struct step *step,

@@ -38,7 +38,6 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
 
 struct gqa_rows gqa_stream_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                                 int64_t first, int64_t count, int64_t width, void *scratch) {
-    if (gqa_streams(kernels, operand->dtype) && lies_plainly(operand, at, width))
-        return in_place(operand, at, first);
+    if (gqa_streams(kernels, operand->dtype) && lies_plainly(operand, at, width)) return in_place(operand, at, first);
     return loaded(kernels, operand, at, first, count, width, scratch);
 }
