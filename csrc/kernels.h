@@ -18,7 +18,9 @@
 
 enum {
     GQA_KEY_TILE = 128, /* keys that share one score tile */
-    GQA_PIECE = 16,     /* values that few rows sum up at a time: a tile's sum has the same bits in any such pieces */
+    GQA_FEW_PIECE =
+        16, /* keys whose values outer_few adds up before it adds them to c: calls cut there change no bit */
+    GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
 };
 
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
@@ -30,12 +32,12 @@ typedef void gqa_outer(void *c,                               /* (n, lanes), row
                        const void *b, /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
                        ptrdiff_t b_n, ptrdiff_t b_t, int n, int count);
 
-/* c[n][lane] += sum over t of a[t][lane] * b[n, t]. */
-typedef void gqa_outer_few(void *c,                         /* (n, lanes), row stride c_stride, padded */
+/* c[n][lane] += sum over t of a[t][lane] * b[n, t].  ahead: as for `dot`. */
+typedef void gqa_outer_few(void *c,                           /* (n, lanes), row stride c_stride, padded */
                            ptrdiff_t c_stride, const void *a, /* (count, lanes) of dtype, row stride a_stride */
                            ptrdiff_t a_stride, enum gqa_dtype dtype, int lanes,
                            const void *b, /* (n, count), row stride b_stride */
-                           ptrdiff_t b_stride, int n, int count);
+                           ptrdiff_t b_stride, int n, int count, ptrdiff_t ahead);
 
 struct gqa_kernels {
     size_t real_size;
@@ -49,11 +51,12 @@ struct gqa_kernels {
     /* Few rows read keys and values in place, in the type that they have: see gqa_streams. */
     gqa_outer_few *outer_few, *outer_few_careful;
 
-    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */
+    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4.  ahead: bytes from a row to what is read a
+     * while later, usually GQA_FETCH_AHEAD; it need not be there. */
     void (*dot)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
                 const void *q,                               /* (rows, head_dim), row stride q_stride, zero-padded */
                 ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim) of dtype, row stride k_stride */
-                ptrdiff_t k_stride, enum gqa_dtype dtype, int keys, int head_dim);
+                ptrdiff_t k_stride, enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead);
 
     /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each
      * row take them in; alpha = exp(old m - new m).  Key j of a row is live when lo <= j < hi
@@ -88,7 +91,7 @@ struct gqa_kernels {
     /* Whether all of x (n, width), reals or another type that streams, is finite. */
     bool (*all_finite)(const void *x, ptrdiff_t stride, enum gqa_dtype dtype, int n, int width);
 
-    /* n elements of an array, any dtype but the integers, step bytes apart, to reals.  A bool becomes what a mask
+    /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */
     void (*load)(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
                  int n);

@@ -23,9 +23,11 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* Brings what lies 8 KB on towards the second-level cache: used where arithmetic or the order of
+/* Brings what lies some bytes on towards the second-level cache: used where arithmetic or the order of
  * reading keeps the prefetchers from running ahead; elsewhere it only costs. */
-BLOCK void fetch_ahead(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + 8192), 0, 2); }
+BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
+    __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)bytes), 0, 2);
+}
 
 #include "load_tmpl.h"
 
@@ -34,17 +36,16 @@ BLOCK void fetch_ahead(const void *p) { __builtin_prefetch((const void *)((uintp
 enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
 
 /* sum[n][v] = sum over t of row t of a, v vectors of it or only `rest` lanes when rest > 0, times b[n, t].
- * ahead: a streams from memory, and not in whole rows. */
+ * ahead: how many bytes on to fetch, 0 = nothing. */
 BLOCK void add_up(vec sum[COLUMNS][MOST_VECTORS], const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
                   const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, const int columns,
-                  int count, const bool ahead) {
-    UNROLL for (int n = 0; n < columns; n++)
-        UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
+                  int count, ptrdiff_t ahead) {
+    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
     for (ptrdiff_t t = 0; t < count; t++, a += a_step) {
         vec x[MOST_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
             x[v] = rest ? row_rest(a, 0, rest, dtype) : row_vec(a, v * LANES, dtype);
-            if (ahead) fetch_ahead(a + v * LANES * size_of(dtype));
+            if (ahead) fetch_ahead(a + v * LANES * size_of(dtype), ahead);
         }
         UNROLL for (int n = 0; n < columns; n++) {
             const vec y = vset(b[n * b_n + t * b_t]);
@@ -57,35 +58,33 @@ BLOCK void add_up(vec sum[COLUMNS][MOST_VECTORS], const char *a, ptrdiff_t a_ste
 BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
                        const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, const int columns, int count) {
     vec sum[COLUMNS][MOST_VECTORS];
-    add_up(sum, (const char *)a, a_stride * (ptrdiff_t)sizeof(real), OWN, vectors, 0, b, b_n, b_t, columns, count,
-           false);
-    UNROLL for (int n = 0; n < columns; n++)
-        UNROLL for (int v = 0; v < vectors; v++) {
-            real *to = c + n * c_stride + v * LANES;
-            vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
-        }
+    add_up(sum, (const char *)a, a_stride * (ptrdiff_t)sizeof(real), OWN, vectors, 0, b, b_n, b_t, columns, count, 0);
+    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) {
+        real *to = c + n * c_stride + v * LANES;
+        vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
+    }
 }
 
 /* All n rows of c for one strip of lanes; whichever of b's strides is 1 becomes a constant. */
 BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
                        const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
-        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
-            if (b_t == 1)
-                outer_block(c, c_stride, scale, a, a_stride, vectors, b, b_n, 1, columns, count);
-            else
-                outer_block(c, c_stride, scale, a, a_stride, vectors, b, 1, b_t, columns, count);
-        }
+    UNROLL for (int columns = COLUMNS; columns > 0;
+                columns /= 2) for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
+        if (b_t == 1)
+            outer_block(c, c_stride, scale, a, a_stride, vectors, b, b_n, 1, columns, count);
+        else
+            outer_block(c, c_stride, scale, a, a_stride, vectors, b, 1, b_t, columns, count);
+    }
 }
 
 static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
                   const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
     int lane = 0;
     const real *unit = scale;
-    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--)
-        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
-            outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride,
-                        vectors, b, b_n, b_t, n, count);
+    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--) for (; lanes - lane >= vectors * LANES;
+                                                                        lane += vectors * LANES)
+        outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride, vectors, b,
+                    b_n, b_t, n, count);
 }
 
 /* The same sum of one vector, or of only `rest` lanes, without what has a factor 0. */
@@ -184,12 +183,18 @@ static void soften_lanes(void *s_, const void *bias_, const void *lo_, const voi
     }
 }
 
-static real largest(vec x) {
-    real part[LANES], most;
+static real first_of(vec x) {
+    real part[LANES];
     vstore(part, x);
-    most = part[0];
-    for (int i = 1; i < LANES; i++) most = part[i] > most ? part[i] : most;
-    return most;
+    return part[0];
+}
+
+static real largest(vec x) {
+    real part[LANES];
+    vstore(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
 }
 
 static real total(vec x) {
@@ -213,8 +218,8 @@ static void soften_row(real *s, const real *bias, const struct finish *f, int ke
         vstore(s + j, p);
         sum = vadd(sum, p);
     }
-    const real fade = largest(vexp(vsub(old, shift)));
-    *m = largest(top);
+    const real fade = first_of(vexp(vsub(old, shift)));
+    *m = first_of(top);
     *l = *l * fade + total(sum);
     *alpha = fade;
 }
@@ -222,8 +227,8 @@ static void soften_row(real *s, const real *bias, const struct finish *f, int ke
 static void soften_rows(void *s, const void *bias, const void *lo, const void *hi, int rows, int keys, double softcap,
                         void *m, void *l, void *alpha) {
     for (int r = 0; r < rows; r++) {
-        const struct finish f = finish_of(softcap, vset(lo ? ((const real *)lo)[r] : 0),
-                                          vset(hi ? ((const real *)hi)[r] : (real)keys));
+        const struct finish f =
+            finish_of(softcap, vset(lo ? ((const real *)lo)[r] : 0), vset(hi ? ((const real *)hi)[r] : (real)keys));
         soften_row((real *)s + r * GQA_KEY_TILE, bias ? (const real *)bias + r * GQA_KEY_TILE : NULL, &f, keys,
                    (real *)m + r, (real *)l + r, (real *)alpha + r);
     }

@@ -216,7 +216,8 @@ static void cut(struct gqa_plan *plan, int threads) {
     if (plan->part_bytes < plan->few.tile_bytes) plan->part_bytes = plan->few.tile_bytes;
 
     const int64_t spans = gqa_ceil_div(plan->seq_k, GQA_SPAN);
-    const int64_t chunks = plan->units ? gqa_ceil_div(wanted, plan->units) : 1;
+    const int64_t tasks = threads > 1 && plan->form->few ? (int64_t)threads * GQA_CHUNKS_PER_THREAD : wanted;
+    const int64_t chunks = plan->units ? gqa_ceil_div(tasks, plan->units) : 1;
     for (plan->chunk_level = 0; gqa_ceil_div(spans, INT64_C(1) << plan->chunk_level) > chunks;) plan->chunk_level++;
     plan->chunks = gqa_max(1, gqa_ceil_div(spans, INT64_C(1) << plan->chunk_level));
 }

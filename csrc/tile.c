@@ -223,13 +223,12 @@ static void scale_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
 static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       const struct step *step) {
     const struct gqa_kernels *kernels = plan->kernels;
-    for (int64_t first = step->first, end; first < step->end; first = end) {
-        end = gqa_piece_end(plan, &plan->key, unit, first, step->end);
-        const struct gqa_rows key =
-            gqa_stream_keys(plan, &plan->key, unit, first, end - first, plan->head_dim, work->key);
+    struct gqa_piece piece;
+    for (int64_t first = step->first; first < step->end; first = piece.end) {
+        piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, plan->head_dim, work->key);
         kernels->dot(step->scores + (first - step->first) * (int64_t)kernels->real_size, work->query,
-                     (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, key.data, key.stride,
-                     key.dtype, (int)(end - first), (int)plan->head_dim);
+                     (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, piece.rows.data,
+                     piece.rows.stride, piece.rows.dtype, (int)(piece.end - first), (int)plan->head_dim, piece.ahead);
     }
     if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
 }
@@ -279,16 +278,14 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
     if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
         kernels->blend(step->o, NULL, o_lanes, rows, o_lanes, work->alpha, NULL, true);
     if (plan->value_scales.data) scale_few(plan, unit, &plan->value_scales, step, true);
-    struct key_tile keys = {.first = step->first};
-    for (; keys.first < step->end; keys.first = keys.end) {
-        keys.end = gqa_piece_end(plan, &plan->value, unit, keys.first, step->end);
-        keys.value = gqa_stream_keys(plan, &plan->value, unit, keys.first, keys.end - keys.first, plan->v_dim,
-                                     work->value);
-        keys.state = UNKNOWN;
+    struct gqa_piece piece;
+    for (int64_t first = step->first; first < step->end; first = piece.end) {
+        piece = gqa_stream_keys(plan, &plan->value, unit, first, step->end, plan->v_dim, work->value);
+        struct key_tile keys = {.first = first, .end = piece.end, .value = piece.rows};
         gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
-        outer(step->o, o_lanes, keys.value.data, keys.value.stride, keys.value.dtype, (int)plan->v_dim,
-              step->scores + (keys.first - step->first) * (int64_t)kernels->real_size, GQA_KEY_TILE, rows,
-              (int)(keys.end - keys.first));
+        outer(step->o, o_lanes, piece.rows.data, piece.rows.stride, piece.rows.dtype, (int)plan->v_dim,
+              step->scores + (first - step->first) * (int64_t)kernels->real_size, GQA_KEY_TILE, rows,
+              (int)(piece.end - first), piece.ahead);
     }
 }
 

@@ -53,12 +53,6 @@ struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operan
     return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
 }
 
-int64_t gqa_piece_end(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
-                      int64_t first, int64_t end) {
-    const int64_t run = gqa_view_run(plan, operand, unit, first, end - first).count;
-    return run == end - first ? end : gqa_min(end, first + gqa_max(GQA_PIECE, run - run % GQA_PIECE));
-}
-
 /* Run by run to scratch (count, width). */
 static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_operand *operand,
                               const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, char *scratch) {
@@ -71,14 +65,35 @@ static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_oper
     return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(plan->kernels)};
 }
 
-struct gqa_rows gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width,
-                                void *scratch) {
-    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, count);
-    if (run.count < count) return gather(plan, operand, unit, first, count, width, scratch);
-    if (gqa_streams(plan->kernels, operand->dtype) && lies_plainly(operand, run.at, width))
-        return in_place(operand, run.at, 0);
-    return loaded(plan->kernels, operand, run.at, 0, count, width, scratch);
+/* From the run at `at`, which begins with key `first`, to what is read GQA_FETCH_AHEAD bytes later: in small blocks not
+ * where a row's neighbours lie, which belong to another head. */
+static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                const struct gqa_unit *unit, int64_t first, const char *at) {
+    if (!plan->block_table.data) return GQA_FETCH_AHEAD;
+    const int64_t bytes = gqa_max(1, plan->run_rows * operand->row);
+    const int64_t later = first + plan->run_rows * gqa_ceil_div(GQA_FETCH_AHEAD, bytes);
+    if (bytes > 4 * GQA_FETCH_AHEAD) return GQA_FETCH_AHEAD;
+    return later < unit->seq_k ? (ptrdiff_t)((intptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (intptr_t)at)
+                               : 0;
+}
+
+/* Pieces end with a run, or at a multiple of GQA_FEW_PIECE, so that sums have the same bits wherever keys lie. */
+struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
+                                 void *scratch) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, end - first);
+    const int64_t whole = run.count == end - first ? run.count : run.count - run.count % GQA_FEW_PIECE;
+    struct gqa_piece piece = {.end = gqa_min(end, first + (whole ? whole : GQA_FEW_PIECE))};
+    const int64_t count = piece.end - first;
+    if (!whole)
+        piece.rows = gather(plan, operand, unit, first, count, width, scratch);
+    else if (!gqa_streams(kernels, operand->dtype) || !lies_plainly(operand, run.at, width))
+        piece.rows = loaded(kernels, operand, run.at, 0, count, width, scratch);
+    else
+        piece = (struct gqa_piece){in_place(operand, run.at, 0), piece.end,
+                                   distance_ahead(plan, operand, unit, first, run.at)};
+    return piece;
 }
 
 void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,

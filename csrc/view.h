@@ -32,16 +32,20 @@ struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_oper
                               const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
                               int64_t count, int64_t width, void *scratch);
 
-/* The same for few rows: in place also where a kernel widens them as it reads, and int8 is left as it is. */
-struct gqa_rows gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width,
-                                void *scratch);
+/* Keys that few rows take at once. */
+struct gqa_piece {
+    struct gqa_rows rows;
+    int64_t end;     /* the key that comes next */
+    ptrdiff_t ahead; /* see dot in kernels.h */
+};
 
-/* Where the piece that few rows take at once ends: with its run, or at a multiple of GQA_PIECE, so that sums have the
- * same bits wherever keys lie. */
-int64_t gqa_piece_end(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
-                      int64_t first, int64_t end);
+/* The piece that begins with key `first` and ends at `end` or before, at most a tile: in place also where a kernel
+ * widens rows as it reads; int8 is left as it is. */
+struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
+                                 void *scratch);
 
+/* The scales of int8 keys `first` to `first + count`. */
 void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
                      int64_t first, int64_t count, float *to);
 
