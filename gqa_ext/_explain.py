@@ -297,7 +297,8 @@ def cache_append(
         check_dtype(name, array, "KVCache.append")
     came = f"key is {brief(key)}, value {brief(value)}, for a cache of {brief(keys)} and {brief(values)}"
     state = f"scales {brief(key_scales)}, {brief(value_scales)}, table {brief(table)}, {lengths=}, {counts=}"
-    fail(ValueError, "KVCache.append", f"{came}; {state}", "C refuses this and no check here says why", "please report it")
+    wanted = "C refuses this and no check here says why"
+    fail(ValueError, "KVCache.append", f"{came}; {state}", wanted, "please report it")
 
 
 def pool_heads(weight: Any, out: Any, axis: Any, num_heads: Any, members: Any, weights: Any) -> None:

@@ -32,7 +32,9 @@ def same(got: Array, wanted: Array) -> None:
     assert got.tobytes() == wanted.tobytes(), f"{different.size} of {got.size} differ, first at {different[:1]}"
 
 
-def agrees(got: tuple[Array, Array], query: Array, key: Array, value: Array, isa: str = "default", **rules: Any) -> None:
+def agrees(
+    got: tuple[Array, Array], query: Array, key: Array, value: Array, isa: str = "default", **rules: Any
+) -> None:
     """(out, lse) lie within bounds.py of the oracle's answer over these keys."""
     problem = Problem(query, key, value, rules.pop("attn_mask", None), causal_alignment="lower_right", **rules)
     check(got[0], problem, lse=got[1], isa=isa)
