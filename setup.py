@@ -53,7 +53,7 @@ class ParallelBuild(build_ext):
 
 core = Extension(
     "gqa_ext._core",
-    sources=sorted(glob("csrc/*.c") + glob("csrc/isa/*.c")),
+    sources=sorted(glob("csrc/*.c") + glob("csrc/isa/*.c") + glob("csrc/python/*.c")),
     depends=sorted(glob("csrc/**/*.h", recursive=True)),
     include_dirs=["csrc"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],

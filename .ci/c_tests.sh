@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles csrc/ without module.c, Python's edge, and each program of tests/c, and runs the programs.
+# Compiles csrc/ without csrc/python, Python's edge, and each program of tests/c, and runs the programs.
 # Warnings are errors.  A program prints 'N passed, N failed' and exits 0 when none failed.
 #
 #   .ci/c_tests.sh FOLDER 'COMPILER FLAGS' ['WRAPPER']
@@ -18,7 +18,7 @@ object() { echo "$folder/$(tr / _ <<<"${1%.c}").o"; }
 build() { # COMPILER [FLAG...]
     local sources programs objects=() source program
     mkdir -p "$folder"
-    mapfile -t sources < <(find csrc -name '*.c' ! -name module.c | sort)
+    mapfile -t sources < <(find csrc -name '*.c' ! -path 'csrc/python/*' | sort)
     mapfile -t programs < <(find tests/c -name 'test_*.c' | sort)
     for source in "${sources[@]}" "${programs[@]}"; do
         printf '%s\0' -c "$source" -o "$(object "$source")"

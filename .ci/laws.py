@@ -35,22 +35,24 @@ CODE = (*C_CODE, "*.py", "*.pyi", "*.sh", ".ci/run")
 # file, what it may not include, why
 FORBIDDEN_INCLUDES = [
     ("*", "*.c", "sources are compiled, not included"),
-    ("*", "Python.h", "only module.c knows Python"),
-    ("*", "numpy/*", "only module.c knows NumPy"),
+    ("*", "Python.h", "only csrc/python knows Python"),
+    ("*", "numpy/*", "only csrc/python knows NumPy"),
     ("csrc/gqa.h", "csrc/*", "gqa.h is the bottom of the house"),
     ("csrc/simd/*", "csrc/*", "the words know nothing of the rest"),
     ("csrc/isa/*", "csrc/pool.h", "a kernel computes and does nothing else"),
     ("csrc/*", "csrc/isa/*", "kernels are reached through kernels.h"),
     ("csrc/*", "csrc/simd/*", "kernels are reached through kernels.h"),
+    ("csrc/*", "csrc/python/*", "the library does not know Python"),
     ("csrc/*", "tests/*", "the library does not know its tests"),
 ]
 ALLOWED_INCLUDES = [
-    ("csrc/module.c", "Python.h"),
-    ("csrc/module.c", "numpy/*"),
+    ("csrc/python/*", "Python.h"),
+    ("csrc/python/*", "numpy/*"),
     ("csrc/simd/*", "csrc/simd/*"),
     ("csrc/simd/*", "csrc/real_*.h"),
     ("csrc/simd/*", "csrc/half.h"),
     ("csrc/isa/*", "csrc/simd/*"),
+    ("csrc/python/*", "csrc/python/*"),
 ]
 
 RUNTIME_IMPORTS = sys.stdlib_module_names | {"gqa_ext", "numpy", "ml_dtypes", "tqdm"}

@@ -6,7 +6,7 @@
  * A row whose group has one head left is copied bit for bit.  Else the mean is summed
  * in double with the rounding error beside it, divided, and rounded once.
  * Assumes no contraction to fma (-ffp-contract=off) and FLT_EVAL_METHOD 0.
- * Called by module.c (gqa_ext.convert.pool_heads). */
+ * Called by python/pool_heads.c (gqa_ext.convert.pool_heads). */
 #include "elements.h"
 #include "gqa.h"
 #include "half.h"

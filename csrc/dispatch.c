@@ -1,7 +1,7 @@
 /* dispatch.c: which instruction sets this CPU and OS can run, and which one runs.
  *
  * The list stands best first; adding an instruction set is its extern line and its row.
- * Called by attention.c for the tables and by module.c for the names. */
+ * Called by attention.c for the tables and by python/module.c for the names. */
 #include "dispatch.h"
 
 #include <stdatomic.h>

@@ -124,15 +124,15 @@ struct step {
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
     keys->key =
-        gqa_view_rows(plan->kernels, &plan->key, gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head),
-                      keys->first, keys->end - keys->first, plan->head_dim, work->key);
+        gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, keys->end - keys->first, plan->head_dim,
+                      work->key);
 }
 
 static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                         struct key_tile *keys) {
     keys->value =
-        gqa_view_rows(plan->kernels, &plan->value, gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head),
-                      keys->first, keys->end - keys->first, plan->v_dim, work->value);
+        gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, plan->v_dim,
+                      work->value);
     keys->state = UNKNOWN;
 }
 
@@ -181,18 +181,20 @@ static int lanes_of(const struct gqa_plan *plan, const struct step *step) {
 static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
     if (step->masked && keys->state == UNKNOWN) {
         const int count = (int)(keys->end - keys->first);
-        const bool finite =
-            plan->kernels->all_finite(keys->value.data, keys->value.stride, keys->value.dtype, count, (int)plan->v_dim);
+        const bool finite = plan->kernels->all_finite(keys->value.data, keys->value.stride,
+                                                      keys->value.dtype, count, (int)plan->v_dim);
         keys->state = finite ? FINITE : NOT_FINITE;
     }
     return step->masked && keys->state == NOT_FINITE;
 }
 
-/* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
+/* Asks for the first rows of a stream that comes next; rows past the last key do no harm. */
 static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
                        int64_t first, int64_t width) {
-    const uintptr_t base = (uintptr_t)gqa_operand_at(plan, operand, unit->sequence, unit->kv_head);
-    for (int64_t i = first; i < first + FETCHED_ROWS; i++)
+    if (first >= unit->seq_k) return;
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, FETCHED_ROWS);
+    const uintptr_t base = (uintptr_t)run.at;
+    for (int64_t i = 0; i < run.count; i++)
         for (int64_t byte = 0; byte < width * operand->column; byte += CACHE_LINE)
             __builtin_prefetch((const void *)(base + (uintptr_t)(i * operand->row + byte)), 0, 2);
 }
@@ -203,15 +205,32 @@ static const char *from_first(const struct gqa_plan *plan, const struct step *st
     return rows->data + (step->first - keys->first) * rows->stride * (int64_t)plan->kernels->real_size;
 }
 
+/* Scores or weights times the scales of int8 rows.  A weight of 0 stays so: the scale of a masked slot may be NaN. */
+static void scale_few(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *scales,
+                      const struct step *step, bool weights) {
+    const int count = (int)(step->end - step->first);
+    float scale[GQA_KEY_TILE];
+    gqa_view_scales(plan, scales, unit, step->first, count, scale);
+    for (int r = 0; r < step->rows; r++) {
+        float *x = (float *)(void *)step->scores + r * GQA_KEY_TILE;
+        for (int j = 0; j < count; j++) {
+            const float scaled = x[j] * scale[j];
+            x[j] = weights && x[j] == 0 ? x[j] : scaled;
+        }
+    }
+}
+
 static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       const struct step *step) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int count = (int)(step->end - step->first);
-    const struct gqa_rows key =
-        gqa_stream_rows(kernels, &plan->key, gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head),
-                        step->first, count, plan->head_dim, work->key);
-    kernels->dot(step->scores, work->query, (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows,
-                 key.data, key.stride, key.dtype, count, (int)plan->head_dim, GQA_FETCH_AHEAD);
+    struct gqa_piece piece;
+    for (int64_t first = step->first; first < step->end; first = piece.end) {
+        piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, plan->head_dim, work->key);
+        kernels->dot(step->scores + (first - step->first) * (int64_t)kernels->real_size, work->query,
+                     (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, piece.rows.data,
+                     piece.rows.stride, piece.rows.dtype, (int)(piece.end - first), (int)plan->head_dim, piece.ahead);
+    }
+    if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
 }
 
 static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
@@ -255,16 +274,19 @@ static struct gqa_slots slots_of(const struct gqa_unit *unit, int64_t tile, cons
 static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                            const struct step *step) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int rows = step->rows, o_lanes = unit->form->o_lanes, count = (int)(step->end - step->first);
+    const int rows = step->rows, o_lanes = unit->form->o_lanes;
     if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
         kernels->blend(step->o, NULL, o_lanes, rows, o_lanes, work->alpha, NULL, true);
-    struct key_tile keys = {.first = step->first, .end = step->end};
-    keys.value =
-        gqa_stream_rows(kernels, &plan->value, gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head),
-                        keys.first, count, plan->v_dim, work->value);
-    gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
-    outer(step->o, o_lanes, keys.value.data, keys.value.stride, keys.value.dtype, (int)plan->v_dim, step->scores,
-          GQA_KEY_TILE, rows, count, GQA_FETCH_AHEAD);
+    if (plan->value_scales.data) scale_few(plan, unit, &plan->value_scales, step, true);
+    struct gqa_piece piece;
+    for (int64_t first = step->first; first < step->end; first = piece.end) {
+        piece = gqa_stream_keys(plan, &plan->value, unit, first, step->end, plan->v_dim, work->value);
+        struct key_tile keys = {.first = first, .end = piece.end, .value = piece.rows};
+        gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
+        outer(step->o, o_lanes, piece.rows.data, piece.rows.stride, piece.rows.dtype, (int)plan->v_dim,
+              step->scores + (first - step->first) * (int64_t)kernels->real_size, GQA_KEY_TILE, rows,
+              (int)(piece.end - first), piece.ahead);
+    }
 }
 
 static void add_values(const struct gqa_plan *plan, struct gqa_work *work, const struct step *step,

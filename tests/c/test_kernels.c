@@ -1,7 +1,7 @@
 /* test_kernels.c: the products and what puts parts together, of every table this CPU can run,
  * against a plain loop in double; test_soften.c and test_load.c have the other kernels.
  *
- * Linked with csrc/ without module.c; also cross-compiled and run under qemu, which is how
+ * Linked with csrc/ without csrc/python; also cross-compiled and run under qemu, which is how
  * NEON is tested. */
 #include "kernel_check.h"
 
