@@ -108,11 +108,16 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
     UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
+/* The keys from j on; past the last key the last again, for scores that nobody reads. */
+BLOCK void nearest_keys(const char *k[DOT_KEYS], const char *first, ptrdiff_t step, int j, int keys) {
+    for (int i = 0; i < DOT_KEYS; i++) k[i] = first + (j + i < keys ? j + i : keys - 1) * step;
+}
+
 BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, const char *first, ptrdiff_t step,
                     const enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
     for (int j = 0; j < keys; j += DOT_KEYS) {
-        const char *k[DOT_KEYS]; /* past the last key: the last again, into scores nobody reads */
-        for (int i = 0; i < DOT_KEYS; i++) k[i] = first + (j + i < keys ? j + i : keys - 1) * step;
+        const char *k[DOT_KEYS];
+        nearest_keys(k, first, step, j, keys);
         real *s = s_ + j;
         const real *q = q_;
         int left = rows;

@@ -114,6 +114,9 @@ static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, cons
 }
 
 #include "few_tmpl.h"
+#ifdef PAIRS
+#include "pairs_tmpl.h"
+#endif
 
 /* ---- soften: scores to weights ---- */
 
@@ -315,6 +318,10 @@ const struct gqa_kernels KERNELS = {
     .outer_few = outer_few,
     .outer_few_careful = outer_few_careful,
     .dot = dot,
+#ifdef PAIRS
+    .outer_pairs = outer_pairs,
+    .dot_pairs = dot_pairs,
+#endif
     .soften_lanes = soften_lanes,
     .soften_rows = soften_rows,
     .tilt = tilt,
