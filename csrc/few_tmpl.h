@@ -36,10 +36,7 @@ BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
     for (int t = 0, some; t < count; t += some, a += some * a_step, b += some) {
         some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
-        if (lanes <= FEW_VECTORS * LANES)
-            few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, 0);
-        else
-            few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, ahead);
+        few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, ahead);
     }
 }
 

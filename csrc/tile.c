@@ -212,7 +212,7 @@ static bool needs_care(const struct gqa_plan *plan, const struct step *step, str
 static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
                        int64_t first, int64_t width) {
     if (first >= unit->seq_k) return;
-    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, FETCHED_ROWS);
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(FETCHED_ROWS, unit->seq_k - first));
     const uintptr_t base = (uintptr_t)run.at;
     for (int64_t i = 0; i < run.count; i++)
         for (int64_t byte = 0; byte < width * operand->column; byte += CACHE_LINE)
