@@ -36,10 +36,7 @@ BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
     for (int t = 0, some; t < count; t += some, a += some * a_step, b += some) {
         some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
-        if (lanes <= FEW_VECTORS * LANES)
-            few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, 0);
-        else
-            few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, ahead);
+        few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, ahead);
     }
 }
 
@@ -98,7 +95,7 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
             vec x[DOT_KEYS];
             UNROLL for (int j = 0; j < side; j++) {
                 x[j] = row_some(k[first + j], t, head_dim, dtype);
-                if (rows > 2) fetch_ahead(k[first + j] + t * size_of(dtype), ahead);
+                if (dtype != OWN || rows > 2) fetch_ahead(k[first + j] + t * size_of(dtype), ahead);
             }
             UNROLL for (int r = 0; r < rows; r++) {
                 const vec y = vload(q + r * q_stride + t);
