@@ -17,6 +17,7 @@ from .bias import get_alibi_slopes  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .module import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention  # noqa: E402
 from .packed import varlen_attention  # noqa: E402
+from .rope import RotaryEmbedding  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "GroupedQueryAttention",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "RotaryEmbedding",
     "convert",
     "cpu_info",
     "get_alibi_slopes",
