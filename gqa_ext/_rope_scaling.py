@@ -230,7 +230,9 @@ def _yarn(s: Settings) -> Frequencies:
     trained = s.whole("original_max_position_embeddings")
     factor = s.number("factor") if "factor" in s.given else s.whole("max_position_embeddings") / trained
     if s.base == 1:
-        fail(ValueError, CALL, "base is 1 beside rope_type 'yarn'", "pairs of different speed were wanted", "pass base=")
+        fail(
+            ValueError, CALL, "base is 1 beside rope_type 'yarn'", "pairs of different speed were wanted", "pass base="
+        )
     truncate = as_flag(CALL, "scaling['truncate']", s.given.get("truncate", True))
 
     def pair_that_turns(times: float) -> float:

@@ -99,11 +99,10 @@ class RotaryEmbedding:
         self.base, self.rotary_dim = settings.base, settings.dim
         self.scaling = None if scaling is None else dict(scaling)
         self.max_position_embeddings: int | None = settings.given.get("max_position_embeddings")
-        options = {"base": base, "rotary_dim": rotary_dim, "interleaved": self.interleaved or None}
+        options: dict[str, Any] = {"base": base, "rotary_dim": rotary_dim, "interleaved": self.interleaved or None}
         options |= {"scaling": self.scaling, "max_position_embeddings": max_position_embeddings}
         self._options = {name: setting for name, setting in options.items() if setting is not None}
-        chosen = frequencies(settings)
-        self._fixed, self._by_length = (chosen, None) if isinstance(chosen, Frequencies) else (None, chosen)
+        self._frequencies = frequencies(settings)
 
     def __call__(self, x: ArrayLike, positions: ArrayLike | None = None, *, out: Array | None = None) -> Array:
         """Turn the rows of `x`.
@@ -138,7 +137,7 @@ class RotaryEmbedding:
             wanted = f"(..., heads, sequence, {self.head_dim}) was wanted"
             fix = f"pass other heads, or build it as RotaryEmbedding({x.shape[-1]})" if x.ndim > 1 else "pass x[None]"
             fail(ValueError, ROPE, f"x has shape {x.shape}", wanted, fix)
-        table, scale = self._fixed or self._frequencies(positions, x.shape[-2])
+        table, scale = self._choose(positions, x.shape[-2])
         if out is None:
             return _core.rope(x, positions, table, scale, self.interleaved, None)
         target = as_out(out, ROPE)
@@ -175,19 +174,18 @@ class RotaryEmbedding:
                [0.5403, 1.    ]], dtype=float32)
         """
         given = _as_positions(f"{CALL}.cos_sin", positions)
-        table, scale = self._fixed or self._frequencies(given, 0)
+        table, scale = self._choose(given, 0)
         half = self.rotary_dim // 2
         unit = np.repeat(np.array([1, 0], np.float32), half)  # pairs (1, 0), which turn into (cos, sin)
         rows = np.broadcast_to(unit, (given.size, 2 * half))
         turned = _core.rope(rows, given.reshape(-1), table, scale, False, None).reshape(*given.shape, 2 * half)
         return np.ascontiguousarray(turned[..., :half]), np.ascontiguousarray(turned[..., half:])
 
-    def _frequencies(self, positions: Array | None, length: int) -> Frequencies:
-        """Of dynamic and longrope: by the largest position; ``length`` counts where there are none."""
-        if positions is not None:
-            length = int(positions.max(initial=-1)) + 1
-        assert self._by_length is not None
-        return self._by_length(length)
+    def _choose(self, positions: Array | None, length: int) -> Frequencies:
+        """Those of this call: dynamic and longrope look at its largest position, or at the length without any."""
+        if isinstance(self._frequencies, Frequencies):
+            return self._frequencies
+        return self._frequencies(length if positions is None else int(positions.max(initial=-1)) + 1)
 
     def __repr__(self) -> str:
         given = [f"{name}={setting!r}" for name, setting in self._options.items()]
