@@ -10,14 +10,27 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale, refuse_later
-from ._layer_arguments import as_head_dim, as_head_mask, as_inputs, as_layer_dtype, as_layer_slopes, as_rng
+from ._layer_arguments import (
+    as_eps,
+    as_head_dim,
+    as_head_mask,
+    as_inputs,
+    as_layer_dtype,
+    as_layer_slopes,
+    as_position_ids,
+    as_rng,
+    as_rope,
+    constructor_call,
+    numbers,
+)
 from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
-from ._projections import Projections
+from ._projections import Projections, RMSNorm
 from ._rules import as_sinks, as_softcap, as_window
 from .attention import scaled_dot_product_attention
 from .convert.methods import pool_heads
+from .rope import RotaryEmbedding
 
 
 class GroupedQueryAttention(Projections):
@@ -55,8 +68,11 @@ class GroupedQueryAttention(Projections):
         For ALiBi; see :func:`gqa_ext.get_alibi_slopes`. No parameter: not in the state dict.
     sinks : array_like (num_heads,), optional
         First values of a parameter ``sinks``: one more logit for each row of a head, without a value (gpt-oss).
-    rope, qk_norm
-        Not implemented yet; only the defaults are taken.
+    rope : RotaryEmbedding, optional
+        Turns queries and keys by their positions, after `qk_norm`.
+    qk_norm : float, optional
+        The eps of an RMSNorm over each head of queries and of keys, before `rope` (Qwen 3). Their weights are the
+        parameters ``q_norm.weight`` and ``k_norm.weight``, each (head_dim,) and 1 at first.
     dtype : {'float32', 'float64'}
         Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet.
     rng : int or numpy.random.Generator, optional
@@ -67,6 +83,8 @@ class GroupedQueryAttention(Projections):
     ----------
     q_proj, k_proj, v_proj, o_proj : Linear
         ``weight`` (out, in) and ``bias`` (out,) or None, as in torch.nn.Linear.
+    q_norm, k_norm : RMSNorm or None
+        ``weight`` (head_dim,).
     sinks : ndarray (num_heads,) or None
     training : bool
 
@@ -111,7 +129,7 @@ class GroupedQueryAttention(Projections):
         out_bias: bool | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
-        rope: Any = None,
+        rope: RotaryEmbedding | None = None,
         qk_norm: float | None = None,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
@@ -121,7 +139,6 @@ class GroupedQueryAttention(Projections):
         rng: int | np.random.Generator | None = None,
     ) -> None:
         call = type(self).__name__
-        refuse_later(call, rope=rope, qk_norm=qk_norm)
         self.embed_dim = as_int(call, "embed_dim", embed_dim, 1)
         self.num_heads = as_int(call, "num_heads", num_heads, 1)
         self.num_kv_heads = as_kv_heads(call, num_kv_heads, self.num_heads)
@@ -133,6 +150,8 @@ class GroupedQueryAttention(Projections):
         self.dropout = as_dropout(call, "dropout", dropout)
         self.rng = as_rng(call, rng)
         self.scale = None if scale is None else as_scale(call, scale)
+        self.rope = None if rope is None else as_rope(call, rope, self.head_dim)
+        self.qk_norm = None if qk_norm is None else as_eps(call, qk_norm)
         self.window = None if window is None else as_window(call, window)
         self.softcap = None if softcap is None else as_softcap(call, softcap) or None
         self.alibi_slopes = None if alibi_slopes is None else as_layer_slopes(call, alibi_slopes, self.num_heads)
@@ -142,6 +161,7 @@ class GroupedQueryAttention(Projections):
         super().__init__(
             (q_dim, self.embed_dim), (k_dim, self.kv_embed_dim), (v_dim, self.kv_embed_dim), (self.embed_dim, o_dim),
             bias=self.bias, out_bias=self.out_bias, dtype=self.dtype, rng=self.rng,
+            norm=None if self.qk_norm is None else (self.head_dim, self.qk_norm),
             sinks=None if sinks is None else as_sinks(call, sinks, self.num_heads),
         )  # fmt: skip
 
@@ -176,7 +196,10 @@ class GroupedQueryAttention(Projections):
             Row i sees keys 0 to i.
         kv_lengths : array_like of int, (B,) or one int, optional
             How many keys of each sequence are there, from the first; what lies behind them is never seen.
-        position_ids, cache
+        position_ids : array_like of int (N,) or (B, N), optional
+            Where the rows of `query` stand, for `rope` alone: masks and other rules count rows. Default 0 to N - 1.
+            Where keys come from `query` too they stand there as well; those of another sequence at 0 to Nk - 1.
+        cache
             Not implemented yet; only None is taken.
         head_mask : array_like (num_heads,), optional
             Multiplies the weights of each head: 0 switches a head off.
@@ -199,7 +222,8 @@ class GroupedQueryAttention(Projections):
             A keyword that a later version will take.
         """
         call = f"{type(self).__name__}.__call__"
-        refuse_later(call, position_ids=position_ids, cache=cache)
+        refuse_later(call, cache=cache)
+        same = key is None or key is query
         query, key, value = as_inputs(call, query, key, value, (self.embed_dim, self.kv_embed_dim), self.dtype)
         mask = None if attn_mask is None else as_mask(attn_mask)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
@@ -208,8 +232,9 @@ class GroupedQueryAttention(Projections):
         if self.training:
             rules |= {"dropout_p": self.dropout, "rng": self.rng}
 
-        q = _split(self.q_proj(query), self.num_heads)
-        k = _split(self.k_proj(key), self.num_kv_heads)
+        positions = None if position_ids is None else as_position_ids(call, position_ids, query, self.rope)
+        q = self._heads(self.q_proj(query), self.num_heads, self.q_norm, positions)
+        k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, positions if same else None)
         v = _split(self.v_proj(value), self.num_kv_heads)
         leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
@@ -220,6 +245,13 @@ class GroupedQueryAttention(Projections):
         if not weighed:
             return out
         return out, result[1] if heads is None else result[1] * heads[:, None, None]
+
+    def _heads(self, x: Array, num_heads: int, norm: RMSNorm | None, positions: Array | None) -> Array:
+        """Queries or keys as attention takes them, (..., num_heads, N, head_dim)."""
+        heads = _split(x, num_heads)
+        if norm is not None:
+            heads = norm(heads)
+        return heads if self.rope is None else self.rope(heads, positions)
 
     def _rules(self) -> dict[str, Any]:
         """What the constructor says of scores, as keywords of scaled_dot_product_attention."""
@@ -268,13 +300,14 @@ class GroupedQueryAttention(Projections):
             came = f"num_kv_heads is {number} for a source with {mha.num_kv_heads} key/value heads"
             fail(ValueError, FROM_MHA, came, "a divisor of those was wanted", f"pass {mha.num_kv_heads} or a divisor")
         if isinstance(source, GroupedQueryAttention):
-            mha.options.update(source._rules(), dropout=source.dropout)
+            mha.options.update(source._rules(), dropout=source.dropout, rope=source.rope, qk_norm=source.qk_norm)
         layer = GroupedQueryAttention(mha.embed_dim, mha.num_heads, number, **mha.options)
         pooled = {
-            name: pool_heads(array, mha.num_kv_heads, number, method=method) if name[0] in "kv" else array
+            name: pool_heads(array, mha.num_kv_heads, number, method=method)
             for name, array in mha.state.items()
+            if name.startswith(("k_proj", "v_proj"))
         }
-        layer.load_state_dict(pooled)
+        layer.load_state_dict(mha.state | pooled)
         return layer
 
     def _sizes(self) -> tuple[int, ...]:
@@ -291,26 +324,20 @@ class GroupedQueryAttention(Projections):
             "out_bias": (self.out_bias, self.bias),
             "dropout": (self.dropout, 0.0),
             "scale": (self.scale, None),
+            "rope": (self.rope, None),
+            "qk_norm": (self.qk_norm, None),
             "window": (self.window, None),
             "softcap": (self.softcap, None),
-            "alibi_slopes": (_numbers(self.alibi_slopes), None),
-            "sinks": (_numbers(self.sinks), None),
+            "alibi_slopes": (numbers(self.alibi_slopes), None),
+            "sinks": (numbers(self.sinks), None),
             "dtype": (self.dtype.name, "float32"),
         }
-        given = [f"{name}={setting!r}" for name, (setting, default) in options.items() if setting != default]
-        return f"{type(self).__name__}({', '.join([*map(repr, self._sizes()), *given])})"
+        return constructor_call(type(self).__name__, self._sizes(), options)
 
 
 def _split(x: Array, num_heads: int) -> Array:
     """(..., N, H * D) as (..., H, N, D), a view."""
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).swapaxes(-2, -3)
-
-
-def _numbers(array: Array | None) -> list[Any] | None:
-    """The array as nested lists that are as short as its dtype allows, for repr."""
-    if array is None:
-        return None
-    return [float(str(item)) if item.ndim == 0 else _numbers(item) for item in array]
 
 
 class MultiHeadAttention(GroupedQueryAttention):
