@@ -2,9 +2,9 @@
  *
  * Rows that stand at the same position share one cosine and sine for each pair: the
  * dimensions in which positions differ are walked outside, those in which they do
- * not (heads, most often) inside.  A unit of work is BLOCK rows of the sequence and
- * all that share their positions; a task is some units.  Angles and turning are in
- * double, and a result is rounded once, so no thread or layout changes a bit.
+ * not (heads, most often) inside.  A unit of work is BLOCK rows of a sequence in up to
+ * SHARERS of those that share their positions; a task is some units.  Angles and turning
+ * are in double, and a result is rounded once, so no thread or layout changes a bit.
  * Called by python/rope.c. */
 #include "elements.h"
 #include "gqa.h"
@@ -14,7 +14,8 @@
 #include <string.h>
 
 enum {
-    BLOCK = 16,             /* rows whose cosines and sines stay in L1 */
+    BLOCK = 16,              /* rows whose cosines and sines stay in L1 */
+    SHARERS = 256,           /* making these cosines and sines is a few per cent of the work then */
     TASK_ELEMENTS = 1 << 14, /* turned by one task: some 10 us */
 };
 
@@ -37,7 +38,7 @@ struct turning {
     size_t itemsize;
     int64_t position_stride; /* along the sequence */
     struct walk own, shared; /* leading dimensions: each index with positions of its own, or not */
-    int64_t blocks;          /* of one sequence */
+    int64_t blocks, parts;   /* of one sequence, and of those that share its positions */
     int64_t units, units_per_task;
 };
 
@@ -123,14 +124,14 @@ static int64_t position_of(const struct turning *t, const char *first, int64_t r
 static void turn_unit(const struct turning *t, int64_t unit, const struct buffers *b) {
     const struct gqa_array *x = &t->problem->x, *out = &t->problem->out;
     const int64_t pairs = t->problem->pairs, length = x->shape[x->ndim - 2];
-    const int64_t begin = unit % t->blocks * BLOCK;
+    const int64_t begin = unit % t->blocks * BLOCK, first_sharer = unit / t->blocks % t->parts * SHARERS;
     const int64_t rows = length - begin < BLOCK ? length - begin : BLOCK;
     const struct place origin = {x->data, t->problem->positions.data, out->data};
-    const struct place own = step(&t->own, origin, unit / t->blocks);
+    const struct place own = step(&t->own, origin, unit / t->blocks / t->parts);
     for (int64_t row = 0; row < rows; row++)
         find_angles(t->problem, position_of(t, own.positions, begin + row), b->cosines + row * pairs,
                     b->sines + row * pairs);
-    for (int64_t i = 0; i < t->shared.count; i++) {
+    for (int64_t i = first_sharer; i < first_sharer + SHARERS && i < t->shared.count; i++) {
         const struct place first = step(&t->shared, own, i);
         for (int64_t row = 0; row < rows; row++) {
             const struct place at = {.x = first.x + (begin + row) * x->strides[x->ndim - 2],
@@ -199,9 +200,11 @@ enum gqa_status gqa_rope_run(const struct gqa_rope *problem, struct gqa_poll pol
     struct turning t = {.problem = problem, .itemsize = gqa_itemsize(problem->x.dtype)};
     list_dims(&t);
     t.blocks = (problem->x.shape[problem->x.ndim - 2] + BLOCK - 1) / BLOCK;
-    t.units = t.own.count * t.blocks;
-    if (t.units == 0 || t.shared.count == 0) return GQA_OK;
-    const int64_t unit_elements = BLOCK * 2 * problem->pairs * t.shared.count;
+    t.parts = (t.shared.count + SHARERS - 1) / SHARERS;
+    t.units = t.own.count * t.blocks * t.parts;
+    if (t.units == 0) return GQA_OK;
+    const int64_t sharers = t.shared.count < SHARERS ? t.shared.count : SHARERS;
+    const int64_t unit_elements = BLOCK * 2 * problem->pairs * sharers;
     t.units_per_task = unit_elements < TASK_ELEMENTS ? TASK_ELEMENTS / unit_elements : 1;
     const int64_t tasks = (t.units + t.units_per_task - 1) / t.units_per_task;
     return gqa_pool_run(turn_task, &t, tasks, scratch_bytes(problem->pairs), gqa_get_num_threads(), poll);
