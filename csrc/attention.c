@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "check.h"
 #include "merge.h"
 
 /* Multiply-adds below which waking another thread costs more than it gains. */
@@ -89,10 +90,10 @@ static enum gqa_status run_chunked(const struct gqa_plan *plan, size_t scratch, 
 }
 
 static int threads_for(const struct gqa_attention *problem) {
-    const struct gqa_array *query = &problem->query, *key = &problem->key;
+    const struct gqa_array *query = &problem->query;
     double work = 2; /* a product with K and one with V, of about the same width */
     for (int i = 0; i < query->ndim; i++) work *= (double)query->shape[i];
-    if (key->ndim >= 2) work *= (double)key->shape[key->ndim - 2];
+    work *= (double)gqa_seq_k(problem);
     return work < SMALL_CALL ? 1 : gqa_get_num_threads();
 }
 

@@ -9,11 +9,12 @@ static bool is_half_or_float(enum gqa_dtype dtype) {
     return dtype == GQA_FLOAT16 || dtype == GQA_BFLOAT16 || dtype == GQA_FLOAT32;
 }
 
-/* float64 goes only with float64; the others in any mix. */
+/* float64 goes only with float64; the others in any mix, and int8 where scales say what it means. */
 static bool types_fit(const struct gqa_attention *problem) {
     const enum gqa_dtype query = problem->query.dtype, key = problem->key.dtype, value = problem->value.dtype;
     if (query == GQA_FLOAT64) return key == GQA_FLOAT64 && value == GQA_FLOAT64;
-    return is_half_or_float(query) && is_half_or_float(key) && is_half_or_float(value);
+    return is_half_or_float(query) && (problem->key_scales.data ? key == GQA_INT8 : is_half_or_float(key)) &&
+           (problem->value_scales.data ? value == GQA_INT8 : is_half_or_float(value));
 }
 
 static bool heads_fit(const struct gqa_attention *problem) {
@@ -78,16 +79,58 @@ static bool is_integer(const struct gqa_array *array) {
     return !array->data || (array->dtype == GQA_INT64 && !array->swapped);
 }
 
+int64_t gqa_seq_k(const struct gqa_attention *problem) {
+    return problem->cached ? problem->cached_keys : gqa_dim(&problem->key, 2);
+}
+
+int64_t gqa_integer(const struct gqa_array *array, int64_t i, int64_t j) {
+    int64_t x;
+    memcpy(&x, array->data + i * array->strides[0] + (array->ndim > 1 ? j * array->strides[1] : 0), sizeof x);
+    return x;
+}
+
+bool gqa_blocks_fit(const struct gqa_array *table, int64_t b, int64_t first, int64_t end, int64_t rows,
+                    int64_t blocks) {
+    if (first >= end) return true;
+    if ((end - 1) / rows >= table->shape[1]) return false;
+    for (int64_t j = first / rows; j <= (end - 1) / rows; j++)
+        if (gqa_integer(table, b, j) < 0 || gqa_integer(table, b, j) >= blocks) return false;
+    return true;
+}
+
+/* Whether array is one of scales for rows. */
+static bool scales_fit(const struct gqa_array *scales, const struct gqa_array *rows) {
+    if (!scales->data) return true;
+    if (scales->dtype != GQA_FLOAT32 || scales->swapped || scales->ndim != rows->ndim - 1) return false;
+    return !memcmp(scales->shape, rows->shape, (size_t)scales->ndim * sizeof *scales->shape);
+}
+
+/* What a cache adds to the shapes of key and value; called when the lengths are known to fit. */
+static bool cache_fits(const struct gqa_attention *problem) {
+    const struct gqa_array *key = &problem->key, *value = &problem->value, *table = &problem->block_table;
+    const struct gqa_array *lengths = &problem->kv_lengths;
+    if (!scales_fit(&problem->key_scales, key) || !scales_fit(&problem->value_scales, value)) return false;
+    if (!problem->cached) return !table->data && !problem->key_scales.data && !problem->value_scales.data;
+    if (problem->cu_seqlens_q.data || key->ndim != 4 || value->ndim != 4 || lengths->ndim != 1) return false;
+    if (!table->data) return gqa_dim(key, 2) > 0 || problem->cached_keys == 0;
+    if (table->ndim != 2 || !is_integer(table) || lengths->shape[0] != table->shape[0] ||
+        key->shape[0] != value->shape[0] || gqa_dim(key, 2) < 1)
+        return false;
+    for (int64_t b = 0; b < table->shape[0]; b++)
+        if (!gqa_blocks_fit(table, b, 0, gqa_integer(lengths, b, 0), gqa_dim(key, 2), key->shape[0])) return false;
+    return true;
+}
+
 static bool lengths_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
     const struct gqa_array *query = &problem->query_lengths, *kv = &problem->kv_lengths;
     return is_integer(query) && is_integer(kv) && spreads_over(query, ndim, shape, 0, NULL) &&
            spreads_over(kv, ndim, shape, 0, NULL) && all_within(query, gqa_dim(&problem->query, 2)) &&
-           all_within(kv, gqa_dim(&problem->key, 2));
+           all_within(kv, gqa_seq_k(problem));
 }
 
 static bool positions_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
     const struct gqa_array *query = &problem->query_positions, *key = &problem->key_positions;
-    const int64_t seq_q = gqa_dim(&problem->query, 2), seq_k = gqa_dim(&problem->key, 2);
+    const int64_t seq_q = gqa_dim(&problem->query, 2), seq_k = gqa_seq_k(problem);
     return is_integer(query) && is_integer(key) && spreads_over(query, ndim, shape, 1, &seq_q) &&
            spreads_over(key, ndim, shape, 1, &seq_k);
 }
@@ -132,7 +175,7 @@ static bool packed_slopes_fit(const struct gqa_attention *problem) {
 
 static bool rules_fit(const struct gqa_attention *problem, int ndim, const int64_t *shape) {
     const struct gqa_array *mask = &problem->mask;
-    const int64_t heads = gqa_dim(&problem->query, 3), seq_k = gqa_dim(&problem->key, 2);
+    const int64_t heads = gqa_dim(&problem->query, 3), seq_k = gqa_seq_k(problem);
     int64_t scores[GQA_MAX_DIMS];
     memcpy(scores, shape, (size_t)ndim * sizeof *scores);
     scores[ndim - 1] = seq_k;
@@ -141,7 +184,12 @@ static bool rules_fit(const struct gqa_attention *problem, int ndim, const int64
            (problem->cu_seqlens_q.data ? packed_slopes_fit(problem)
                                        : spreads_over(&problem->alibi_slopes, ndim, shape, 1, &heads)) &&
            is_float(&problem->sinks) && spreads_to(&problem->sinks, 1, &heads) && lengths_fit(problem, ndim, shape) &&
-           positions_fit(problem, ndim, shape);
+           positions_fit(problem, ndim, shape) && cache_fits(problem);
+}
+
+/* A leading dimension of blocks as attention sees them: the table's sequences. */
+static int64_t sequences(const struct gqa_attention *problem, int back) {
+    return back == 4 && problem->block_table.ndim ? problem->block_table.shape[0] : 1;
 }
 
 static int larger(int a, int b) { return a > b ? a : b; }
@@ -149,11 +197,14 @@ static int larger(int a, int b) { return a > b ? a : b; }
 enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim, int64_t shape[GQA_MAX_DIMS]) {
     const struct gqa_array *query = &problem->query, *key = &problem->key, *value = &problem->value;
     if (!types_fit(problem) || !matrices_fit(problem) || !heads_fit(problem)) return GQA_BAD_ARGUMENT;
+    const bool paged = problem->block_table.data;
     *ndim = larger(query->ndim, larger(key->ndim, value->ndim));
     for (int back = *ndim; back > 3; back--) {
         int64_t *size = &shape[*ndim - back];
         *size = gqa_dim(query, back);
-        if (!broadcast(size, gqa_dim(key, back)) || !broadcast(size, gqa_dim(value, back))) return GQA_BAD_ARGUMENT;
+        if (paged ? !broadcast(size, sequences(problem, back))
+                  : !broadcast(size, gqa_dim(key, back)) || !broadcast(size, gqa_dim(value, back)))
+            return GQA_BAD_ARGUMENT;
     }
     if (*ndim >= 3) shape[*ndim - 3] = gqa_dim(query, 3);
     shape[*ndim - 2] = gqa_dim(query, 2);
@@ -173,7 +224,7 @@ bool gqa_outputs_fit(const struct gqa_attention *problem, int ndim, const int64_
     const struct gqa_array *lse = &problem->lse, *weights = &problem->weights;
     int64_t scores[GQA_MAX_DIMS];
     memcpy(scores, shape, (size_t)ndim * sizeof *scores);
-    scores[ndim - 1] = gqa_dim(&problem->key, 2);
+    scores[ndim - 1] = gqa_seq_k(problem);
     if (problem->out.dtype != dtype || !same_shape(&problem->out, ndim, shape)) return false;
     if (lse->data && (lse->dtype != exact || !same_shape(lse, ndim - 1, shape))) return false;
     return !weights->data || (weights->dtype == exact && same_shape(weights, ndim, scores));

@@ -7,7 +7,7 @@
 
 size_t gqa_itemsize(enum gqa_dtype dtype) {
     static const size_t sizes[] = {
-        [GQA_FLOAT16] = 2, [GQA_BFLOAT16] = 2, [GQA_FLOAT32] = 4, [GQA_FLOAT64] = 8, [GQA_BOOL] = 1};
+        [GQA_FLOAT16] = 2, [GQA_BFLOAT16] = 2, [GQA_FLOAT32] = 4, [GQA_FLOAT64] = 8, [GQA_BOOL] = 1, [GQA_INT8] = 1};
     return sizes[dtype];
 }
 

@@ -20,7 +20,7 @@ enum gqa_status {
     GQA_INTERRUPTED, /* gqa_poll said stop; outputs hold garbage */
 };
 
-enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL, GQA_INT64 };
+enum gqa_dtype { GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64, GQA_BOOL, GQA_INT64, GQA_INT8 };
 
 /* Any strided array.  data == NULL says the argument is absent. */
 struct gqa_array {
@@ -72,11 +72,30 @@ struct gqa_attention {
     /* Packed sequences, or absent: int64 (B + 1,), C-contiguous.  Sequence b is rows cu[b] to cu[b + 1] of
      * arrays (heads, T, D), and B is the one leading dimension of slopes. */
     struct gqa_array cu_seqlens_q, cu_seqlens_k;
+
+    /* Keys and values of a cache, where Sk is cached_keys, the lengths may go as far, and key j of a sequence lies
+     * - in row j % capacity of arrays (B, Hkv, capacity, D); keys older than the last capacity ones are gone;
+     * - or, with a block table (int64 (B, blocks)), in row j % rows of block table[b, j / rows] of arrays
+     *   (N, Hkv, rows, D).  Entries past a sequence's length are never looked at. */
+    bool cached;
+    int64_t cached_keys;
+    struct gqa_array block_table;
+    struct gqa_array key_scales, value_scales; /* float32, shaped as key and value less their columns: of int8 rows */
 };
 
 /* Checks everything but out and lse, and gives the shape of out; lse has the same less the last. */
 enum gqa_status gqa_attention_shape(const struct gqa_attention *problem, int *ndim, int64_t shape[GQA_MAX_DIMS]);
 enum gqa_status gqa_attention_run(const struct gqa_attention *problem, struct gqa_poll poll);
+
+/* Writes new rows to a cache and casts them to its type: float16, bfloat16, float32, or int8 beside scales, where
+ * a row x becomes rint(x / scale) with its own scale max|x| / 127, rounded up; NaN for a row that is not finite. */
+struct gqa_cache_append {
+    struct gqa_array keys, values, key_scales, value_scales, block_table; /* the cache, as in gqa_attention */
+    struct gqa_array new_keys, new_values;                                /* (B, Hkv, S, D) any float dtype */
+    struct gqa_array lengths; /* int64 (B,): rows that each sequence has already */
+    struct gqa_array counts;  /* int64 (B,): how many of its new rows to write */
+};
+enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem);
 
 /* Pools the heads of one projection.  Seen along axis, weight is (num_heads * head_dim)
  * slices and out (num_kv_heads * head_dim); out head g is the weighted mean of

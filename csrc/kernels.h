@@ -7,7 +7,8 @@
  * not a row of the caller's arrays comes from scratch and is padded to whole vectors.
  *
  * Two forms share the table.  Many query rows lie in lanes: c = K Q^T, then O^T = V^T P^T,
- * both by `outer`.  Few rows: `dot` puts keys in lanes, then `outer` value dims.
+ * both by `outer`.  Few rows: `dot` puts keys in lanes, then `outer_few` value dims; both read a regular row of
+ * a narrow type in place and widen it in registers, since few rows are bound by the bytes they read.
  * `rows` is true where a statistic belongs to a row of c (few), false where to a lane.
  * Filled by kernels_tmpl.h, chosen by dispatch.c, called by tile.c and merge.c. */
 #ifndef GQA_KERNELS_H
@@ -15,16 +16,28 @@
 
 #include "gqa.h"
 
-enum { GQA_KEY_TILE = 128 }; /* keys that share one score tile */
+enum {
+    GQA_KEY_TILE = 128, /* keys that share one score tile */
+    GQA_FEW_PIECE =
+        16, /* keys whose values outer_few adds up before it adds them to c: calls cut there change no bit */
+    GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
+};
 
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
- * c and scale are padded to whole vectors; so is a for `outer`. */
+ * a, c and scale are padded to whole vectors. */
 typedef void gqa_outer(void *c,                               /* (n, lanes), row stride c_stride */
                        ptrdiff_t c_stride, const void *scale, /* (lanes,) or NULL: c is written only */
                        const void *a,                         /* (count, lanes), row stride a_stride */
                        ptrdiff_t a_stride, int lanes,
                        const void *b, /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
                        ptrdiff_t b_n, ptrdiff_t b_t, int n, int count);
+
+/* c[n][lane] += sum over t of a[t][lane] * b[n, t].  ahead: as for `dot`. */
+typedef void gqa_outer_few(void *c,                           /* (n, lanes), row stride c_stride, padded */
+                           ptrdiff_t c_stride, const void *a, /* (count, lanes) of dtype, row stride a_stride */
+                           ptrdiff_t a_stride, enum gqa_dtype dtype, int lanes,
+                           const void *b, /* (n, count), row stride b_stride */
+                           ptrdiff_t b_stride, int n, int count, ptrdiff_t ahead);
 
 struct gqa_kernels {
     size_t real_size;
@@ -34,14 +47,16 @@ struct gqa_kernels {
 
     /* A careful product drops what has a factor 0, even 0 * NaN, and has the same bits otherwise. */
     gqa_outer *outer, *outer_careful;
-    /* For a few n and a large a, streamed from memory; scale must be all ones and b_t be 1. */
-    gqa_outer *outer_few, *outer_few_careful;
 
-    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4. */
+    /* Few rows read keys and values in place, in the type that they have: see gqa_streams. */
+    gqa_outer_few *outer_few, *outer_few_careful;
+
+    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4.  ahead: bytes from a row to what is read a
+     * while later, usually GQA_FETCH_AHEAD; it need not be there. */
     void (*dot)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
                 const void *q,                               /* (rows, head_dim), row stride q_stride, zero-padded */
-                ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim), row stride k_stride */
-                ptrdiff_t k_stride, int keys, int head_dim);
+                ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim) of dtype, row stride k_stride */
+                ptrdiff_t k_stride, enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead);
 
     /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each
      * row take them in; alpha = exp(old m - new m).  Key j of a row is live when lo <= j < hi
@@ -73,8 +88,8 @@ struct gqa_kernels {
     /* c = c / l, and 0 where l is 0. */
     void (*divide)(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows);
 
-    /* Whether all of x (n, width) is finite. */
-    bool (*all_finite)(const void *x, ptrdiff_t stride, int n, int width);
+    /* Whether all of x (n, width), reals or another type that streams, is finite. */
+    bool (*all_finite)(const void *x, ptrdiff_t stride, enum gqa_dtype dtype, int n, int width);
 
     /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */
@@ -86,6 +101,18 @@ struct gqa_kernels {
     /* to[i * to_stride] = from[i] * scale */
     void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
 };
+
+/* The dtype of a table's reals. */
+static inline enum gqa_dtype gqa_own_dtype(const struct gqa_kernels *kernels) {
+    return kernels->real_size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
+}
+
+/* Whether few rows read this dtype in place.  Elements lie one after another in this machine's byte order; halves
+ * and int8 at any address, reals where a real may lie. */
+static inline bool gqa_streams(const struct gqa_kernels *kernels, enum gqa_dtype dtype) {
+    const bool narrow = dtype == GQA_FLOAT16 || dtype == GQA_BFLOAT16 || dtype == GQA_INT8;
+    return dtype == gqa_own_dtype(kernels) || (narrow && kernels->real_size == sizeof(float));
+}
 
 /* One real, for what is done once a row and for rare rules. */
 static inline double gqa_get(const struct gqa_kernels *kernels, const void *reals, ptrdiff_t index) {

@@ -23,9 +23,11 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* Brings what lies 8 KB on towards the second-level cache: used where arithmetic or the order of
+/* Brings what lies some bytes on towards the second-level cache: used where arithmetic or the order of
  * reading keeps the prefetchers from running ahead; elsewhere it only costs. */
-BLOCK void fetch_ahead(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + 8192), 0, 2); }
+BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
+    __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)bytes), 0, 2);
+}
 
 #include "load_tmpl.h"
 
@@ -33,100 +35,65 @@ BLOCK void fetch_ahead(const void *p) { __builtin_prefetch((const void *)((uintp
 
 enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
 
-/* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.
- * ahead: a streams from memory, and not in whole rows. */
-BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
-                       const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t,
-                       const int columns, int count, const bool ahead) {
-    vec sum[COLUMNS][MOST_VECTORS];
-    UNROLL for (int n = 0; n < columns; n++)
-        UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
-    for (ptrdiff_t t = 0; t < count; t++) {
+/* sum[n][v] = sum over t of row t of a, v vectors of it or only `rest` lanes when rest > 0, times b[n, t].
+ * ahead: how many bytes on to fetch, 0 = nothing. */
+BLOCK void add_up(vec sum[COLUMNS][MOST_VECTORS], const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                  const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, const int columns,
+                  int count, ptrdiff_t ahead) {
+    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
+    for (ptrdiff_t t = 0; t < count; t++, a += a_step) {
         vec x[MOST_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
-            x[v] = rest ? vload_n(a + t * a_stride, rest) : vload(a + t * a_stride + v * LANES);
-            if (ahead) fetch_ahead(a + t * a_stride + v * LANES);
+            x[v] = rest ? row_rest(a, 0, rest, dtype) : row_vec(a, v * LANES, dtype);
+            if (ahead) fetch_ahead(a + v * LANES * size_of(dtype), ahead);
         }
         UNROLL for (int n = 0; n < columns; n++) {
             const vec y = vset(b[n * b_n + t * b_t]);
             UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
         }
     }
-    UNROLL for (int n = 0; n < columns; n++)
-        UNROLL for (int v = 0; v < vectors; v++) {
-            real *to = c + n * c_stride + v * LANES;
-            vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
-        }
+}
+
+/* One block of c: `columns` rows of `vectors` vectors. */
+BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
+                       const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, const int columns, int count) {
+    vec sum[COLUMNS][MOST_VECTORS];
+    add_up(sum, (const char *)a, a_stride * (ptrdiff_t)sizeof(real), OWN, vectors, 0, b, b_n, b_t, columns, count, 0);
+    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) {
+        real *to = c + n * c_stride + v * LANES;
+        vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
+    }
 }
 
 /* All n rows of c for one strip of lanes; whichever of b's strides is 1 becomes a constant. */
 BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
                        const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
-        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
-            if (b_t == 1)
-                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, b_n, 1, columns, count, false);
-            else
-                outer_block(c, c_stride, scale, a, a_stride, vectors, 0, b, 1, b_t, columns, count, false);
-        }
+    UNROLL for (int columns = COLUMNS; columns > 0;
+                columns /= 2) for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
+        if (b_t == 1)
+            outer_block(c, c_stride, scale, a, a_stride, vectors, b, b_n, 1, columns, count);
+        else
+            outer_block(c, c_stride, scale, a, a_stride, vectors, b, 1, b_t, columns, count);
+    }
 }
 
 static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
                   const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
     int lane = 0;
     const real *unit = scale;
-    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--)
-        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
-            outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride,
-                        vectors, b, b_n, b_t, n, count);
+    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--) for (; lanes - lane >= vectors * LANES;
+                                                                        lane += vectors * LANES)
+        outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride, vectors, b,
+                    b_n, b_t, n, count);
 }
 
-/* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
- * whole before the next, which is how memory streams. */
-BLOCK void few_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride, int lanes,
-                     const real *b, ptrdiff_t b_n, const int columns, int count, const bool ahead) {
-    int lane = 0;
-    UNROLL for (int vectors = FEW_VECTORS; vectors > 0; vectors /= 2)
-        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
-            outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, vectors, 0, b, b_n, 1, columns, count,
-                        ahead);
-    if (lane < lanes)
-        outer_block(c + lane, c_stride, scale + lane, a + lane, a_stride, 1, lanes - lane, b, b_n, 1, columns, count,
-                    false);
-}
-
-BLOCK void few_rows(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride, int lanes,
-                    const real *b, ptrdiff_t b_n, int n, int count, const bool ahead) {
-    UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
-        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
-            few_block(c, c_stride, scale, a, a_stride, lanes, b, b_n, columns, count, ahead);
-}
-
-/* Keys that outer_few takes at a time: what is not read in one pass stays in the first-level cache. */
-static int few_piece(int lanes, int n, int count) {
-    const bool one_pass = lanes <= FEW_VECTORS * LANES && n <= FEW_COLUMNS;
-    return one_pass || count < 16 ? count : 16;
-}
-
-static void outer_few(void *c_, ptrdiff_t c_stride, const void *scale, const void *a_, ptrdiff_t a_stride, int lanes,
-                      const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    real *c = c_;
-    const real *a = a_, *b = b_;
-    (void)b_t;
-    for (int t = 0, some; t < count; t += some, a += some * a_stride, b += some) {
-        some = few_piece(lanes, n, count - t);
-        if (lanes <= FEW_VECTORS * LANES)
-            few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, false);
-        else
-            few_rows(c, c_stride, scale, a, a_stride, lanes, b, b_n, n, some, true);
-    }
-}
-
-static vec careful_sum(const real *a, ptrdiff_t a_stride, int rest, const real *b, ptrdiff_t b_t, int count) {
+/* The same sum of one vector, or of only `rest` lanes, without what has a factor 0. */
+BLOCK vec careful_sum(const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype, int rest, const real *b,
+                      ptrdiff_t b_t, int count) {
     vec sum = vset(0);
-    for (ptrdiff_t t = 0; t < count; t++) {
+    for (ptrdiff_t t = 0; t < count; t++, a += a_step) {
         const real y = b[t * b_t];
-        const vec x = rest < LANES ? vload_n(a + t * a_stride, rest) : vload(a + t * a_stride);
+        const vec x = rest < LANES ? row_rest(a, 0, rest, dtype) : row_vec(a, 0, dtype);
         const vec with = vfma(x, vset(y), sum);
         sum = y == 0 ? sum : vselect(veq(x, vset(0)), sum, with);
     }
@@ -135,58 +102,17 @@ static vec careful_sum(const real *a, ptrdiff_t a_stride, int rest, const real *
 
 static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, const void *a_, ptrdiff_t a_stride,
                           int lanes, const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    const real *a = a_, *b = b_, *scale = scale_;
+    const real *b = b_, *scale = scale_;
     for (int i = 0; i < n; i++)
         for (int lane = 0; lane < lanes; lane += LANES) {
             real *to = (real *)c_ + i * c_stride + lane;
-            const vec sum = careful_sum(a + lane, a_stride, lanes - lane, b + i * b_n, b_t, count);
+            const char *a = (const char *)((const real *)a_ + lane);
+            const vec sum = careful_sum(a, a_stride * (ptrdiff_t)sizeof(real), OWN, LANES, b + i * b_n, b_t, count);
             vstore(to, scale ? vfma(vload(to), vload(scale + lane), sum) : sum);
         }
 }
 
-/* In the pieces of outer_few, so that a masked NaN changes no bit of a row that masks it. */
-static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride,
-                              int lanes, const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    for (int t = 0, some; t < count; t += some) {
-        some = few_piece(lanes, n, count - t);
-        outer_careful(c, c_stride, scale, (const real *)a + t * a_stride, a_stride, lanes, (const real *)b + t, b_n,
-                      b_t, n, some);
-    }
-}
-
-/* ---- dot: few rows against keys as they lie ---- */
-
-enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
-
-/* One key after the other, so that memory is read in one ascending stream: the prefetchers follow
- * that and nothing else (four keys side by side: a third of the read speed). */
-BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const real *const k[DOT_KEYS],
-                     int head_dim) {
-    vec sum[DOT_ROWS][DOT_KEYS];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
-    UNROLL for (int j = 0; j < DOT_KEYS; j++)
-        for (int t = 0; t < head_dim; t += LANES) {
-            const vec x = head_dim - t < LANES ? vload_n(k[j] + t, head_dim - t) : vload(k[j] + t);
-            if (rows > 2) fetch_ahead(k[j] + t);
-            UNROLL for (int r = 0; r < rows; r++) sum[r][j] = vfma(x, vload(q + r * q_stride + t), sum[r][j]);
-        }
-    UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-}
-
-static void dot(void *s_, const void *q_, ptrdiff_t q_stride, int rows, const void *k_, ptrdiff_t k_stride, int keys,
-                int head_dim) {
-    for (int j = 0; j < keys; j += DOT_KEYS) {
-        const real *k[DOT_KEYS]; /* past the last key: the last again, into scores nobody reads */
-        for (int i = 0; i < DOT_KEYS; i++) k[i] = (const real *)k_ + (j + i < keys ? j + i : keys - 1) * k_stride;
-        real *s = (real *)s_ + j;
-        const real *q = q_;
-        int left = rows;
-        UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
-            for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride)
-                dot_block(s, q, q_stride, block, k, head_dim);
-    }
-}
+#include "few_tmpl.h"
 
 /* ---- soften: scores to weights ---- */
 
@@ -257,12 +183,18 @@ static void soften_lanes(void *s_, const void *bias_, const void *lo_, const voi
     }
 }
 
-static real largest(vec x) {
-    real part[LANES], most;
+static real first_of(vec x) {
+    real part[LANES];
     vstore(part, x);
-    most = part[0];
-    for (int i = 1; i < LANES; i++) most = part[i] > most ? part[i] : most;
-    return most;
+    return part[0];
+}
+
+static real largest(vec x) {
+    real part[LANES];
+    vstore(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
 }
 
 static real total(vec x) {
@@ -286,8 +218,8 @@ static void soften_row(real *s, const real *bias, const struct finish *f, int ke
         vstore(s + j, p);
         sum = vadd(sum, p);
     }
-    const real fade = largest(vexp(vsub(old, shift)));
-    *m = largest(top);
+    const real fade = first_of(vexp(vsub(old, shift)));
+    *m = first_of(top);
     *l = *l * fade + total(sum);
     *alpha = fade;
 }
@@ -295,8 +227,8 @@ static void soften_row(real *s, const real *bias, const struct finish *f, int ke
 static void soften_rows(void *s, const void *bias, const void *lo, const void *hi, int rows, int keys, double softcap,
                         void *m, void *l, void *alpha) {
     for (int r = 0; r < rows; r++) {
-        const struct finish f = finish_of(softcap, vset(lo ? ((const real *)lo)[r] : 0),
-                                          vset(hi ? ((const real *)hi)[r] : (real)keys));
+        const struct finish f =
+            finish_of(softcap, vset(lo ? ((const real *)lo)[r] : 0), vset(hi ? ((const real *)hi)[r] : (real)keys));
         soften_row((real *)s + r * GQA_KEY_TILE, bias ? (const real *)bias + r * GQA_KEY_TILE : NULL, &f, keys,
                    (real *)m + r, (real *)l + r, (real *)alpha + r);
     }
@@ -355,14 +287,21 @@ static void divide(void *c, ptrdiff_t stride, int n, int lanes, const void *l, b
         }
 }
 
-static bool all_finite(const void *x, ptrdiff_t stride, int n, int width) {
+BLOCK bool rows_finite(const char *row, ptrdiff_t step, const enum gqa_dtype dtype, int n, int width) {
     vec seen = vset(0); /* 0 * x is NaN unless x is finite */
-    for (int i = 0; i < n; i++)
-        for (int t = 0; t < width; t += LANES) {
-            const real *from = (const real *)x + i * stride + t;
-            seen = vfma(width - t < LANES ? vload_n(from, width - t) : vload(from), vset(0), seen);
-        }
+    for (int i = 0; i < n; i++, row += step)
+        for (int t = 0; t < width; t += LANES) seen = vfma(row_some(row, t, width, dtype), vset(0), seen);
     return total(seen) == 0;
+}
+
+static bool all_finite(const void *x, ptrdiff_t stride, enum gqa_dtype dtype, int n, int width) {
+    const ptrdiff_t step = stride * size_of(dtype);
+    switch (streamed(dtype)) {
+    case GQA_INT8: return true;
+    case GQA_FLOAT16: return rows_finite(x, step, GQA_FLOAT16, n, width);
+    case GQA_BFLOAT16: return rows_finite(x, step, GQA_BFLOAT16, n, width);
+    default: return rows_finite(x, step, OWN, n, width);
+    }
 }
 
 const struct gqa_kernels KERNELS = {

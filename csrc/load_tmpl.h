@@ -7,6 +7,49 @@
 
 #include "half.h"
 
+/* ---- rows in place: what few_tmpl.h streams ---- */
+
+/* The dtype of the table's own reals. */
+static const enum gqa_dtype OWN = sizeof(real) == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
+
+/* A dtype that dot and outer_few read in place; doubles go with doubles only. */
+BLOCK enum gqa_dtype streamed(enum gqa_dtype dtype) { return sizeof(real) == sizeof(float) ? dtype : OWN; }
+
+BLOCK ptrdiff_t size_of(const enum gqa_dtype dtype) {
+    switch (dtype) {
+    case GQA_INT8: return 1;
+    case GQA_FLOAT16:
+    case GQA_BFLOAT16: return 2;
+    default: return sizeof(real);
+    }
+}
+
+/* A vector of a row, from element t on. */
+BLOCK vec row_vec(const char *row, ptrdiff_t t, const enum gqa_dtype dtype) {
+    row += t * size_of(dtype);
+    switch (dtype) {
+    case GQA_INT8: return vload_int8(row);
+    case GQA_FLOAT16: return vload_float16(row);
+    case GQA_BFLOAT16: return vload_bfloat16(row);
+    default: return vload((const real *)(const void *)row);
+    }
+}
+
+/* Its last n elements, n < LANES, and zeros. */
+BLOCK vec row_rest(const char *row, ptrdiff_t t, int n, const enum gqa_dtype dtype) {
+    if (dtype == OWN) return vload_n((const real *)(const void *)row + t, n);
+    char part[2 * LANES] = {0};
+    const ptrdiff_t size = size_of(dtype);
+    for (ptrdiff_t i = 0; i < n * size && i < (ptrdiff_t)sizeof part; i++) part[i] = row[t * size + i];
+    return row_vec(part, 0, dtype);
+}
+
+BLOCK vec row_some(const char *row, int t, int width, const enum gqa_dtype dtype) {
+    return width - t < LANES ? row_rest(row, t, width - t, dtype) : row_vec(row, t, dtype);
+}
+
+/* ---- rows to reals ---- */
+
 /* One element of any alignment and byte order, as bits. */
 BLOCK uint64_t bits_at(const char *from, const size_t size, bool swapped) {
     uint8_t byte;
@@ -34,6 +77,7 @@ static const real mask_adds[] = {-INFINITY, 0};
 BLOCK real real_at(const char *from, const enum gqa_dtype dtype, bool swapped) {
     switch (dtype) {
     case GQA_BOOL: return mask_adds[*from != 0];
+    case GQA_INT8: return *(const int8_t *)(const void *)from;
     case GQA_FLOAT32: return gqa_float_from_bits((uint32_t)bits_at(from, 4, swapped));
     default: return clamped(gqa_double_from_bits(bits_at(from, 8, swapped)));
     }
@@ -64,7 +108,8 @@ BLOCK void load_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_
     int i = 0;
     if (plain)
         for (; n - i >= LANES; i += LANES) {
-            fetch_ahead(from + i * step); /* loads come in bursts, with products between them: 12 % of a decode */
+            fetch_ahead(from + i * step,
+                        GQA_FETCH_AHEAD); /* loads come in bursts, with products between them: 12 % of a decode */
             vstore(to + i, widened(from + i * step, dtype));
         }
     for (; i < n; i += LANES)
@@ -76,6 +121,7 @@ static void load(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step
                  int n) {
     switch (dtype) {
     case GQA_BOOL: load_as(to, to_stride, from, step, GQA_BOOL, false, n); break;
+    case GQA_INT8: load_as(to, to_stride, from, step, GQA_INT8, false, n); break;
     case GQA_FLOAT16: load_halves(to, to_stride, from, step, GQA_FLOAT16, swapped, n); break;
     case GQA_BFLOAT16: load_halves(to, to_stride, from, step, GQA_BFLOAT16, swapped, n); break;
     case GQA_FLOAT32: load_as(to, to_stride, from, step, GQA_FLOAT32, swapped, n); break;

@@ -42,6 +42,33 @@ static void see_vector(struct gqa_plan *plan, struct gqa_operand *operand, const
     if (array->data) operand->column = step(array, 1);
 }
 
+/* One number for each key, which lies as the keys do. */
+static void see_scales(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array) {
+    see(plan, operand, array, 2);
+    if (!array->data) return;
+    operand->head = step(array, 2);
+    operand->row = step(array, 1);
+}
+
+/* Blocks have no leading dimension: the table says whose they are. */
+static void see_blocks(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array, int back) {
+    if (!array->data) return;
+    memset(operand->lead, 0, (size_t)plan->lead_ndim * sizeof *operand->lead);
+    operand->block = step(array, back);
+}
+
+static void see_cache(struct gqa_plan *plan, const struct gqa_attention *problem) {
+    see_scales(plan, &plan->key_scales, &problem->key_scales);
+    see_scales(plan, &plan->value_scales, &problem->value_scales);
+    see_vector(plan, &plan->block_table, &problem->block_table);
+    plan->run_rows = problem->cached ? gqa_max(1, gqa_dim(&problem->key, 2)) : INT64_MAX;
+    if (!problem->block_table.data) return;
+    see_blocks(plan, &plan->key, &problem->key, 4);
+    see_blocks(plan, &plan->value, &problem->value, 4);
+    see_blocks(plan, &plan->key_scales, &problem->key_scales, 3);
+    see_blocks(plan, &plan->value_scales, &problem->value_scales, 3);
+}
+
 static void see_all(struct gqa_plan *plan, const struct gqa_attention *problem) {
     see_matrix(plan, &plan->query, &problem->query);
     see_matrix(plan, &plan->key, &problem->key);
@@ -60,6 +87,7 @@ static void see_all(struct gqa_plan *plan, const struct gqa_attention *problem) 
     see_vector(plan, &plan->key_positions, &problem->key_positions);
     see(plan, &plan->query_lengths, &problem->query_lengths, 0);
     see(plan, &plan->kv_lengths, &problem->kv_lengths, 0);
+    see_cache(plan, problem);
 }
 
 char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *operand, int64_t sequence, int64_t head) {
@@ -82,7 +110,7 @@ static void measure(struct gqa_plan *plan, const struct gqa_attention *problem, 
     plan->kv_heads = gqa_dim(&problem->key, 3);
     plan->group = plan->kv_heads ? plan->q_heads / plan->kv_heads : 0;
     plan->seq_q = gqa_dim(&problem->query, 2);
-    plan->seq_k = gqa_dim(&problem->key, 2);
+    plan->seq_k = gqa_seq_k(problem);
     plan->head_dim = gqa_dim(&problem->query, 1);
     plan->v_dim = gqa_dim(&problem->value, 1);
 }
@@ -141,11 +169,12 @@ int64_t gqa_key_position(const struct gqa_plan *plan, const struct gqa_unit *uni
 }
 
 void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t i, int64_t *lo, int64_t *hi) {
-    *lo = 0;
+    int64_t oldest;
+    *lo = oldest = plan->block_table.data ? 0 : gqa_max(0, unit->seq_k - plan->run_rows);
     *hi = unit->seq_k;
     if (plan->key_positions.data) return; /* in any order: the bias tile says who is live */
     const int64_t position = gqa_query_position(plan, unit, i);
-    *lo = gqa_max(0, gqa_min(*hi, gqa_less(position, plan->left)));
+    *lo = gqa_max(oldest, gqa_min(*hi, gqa_less(position, plan->left)));
     if (plan->right != GQA_FAR) *hi = gqa_max(*lo, gqa_min(*hi, gqa_less(position, -plan->right - 1)));
 }
 
@@ -187,7 +216,8 @@ static void cut(struct gqa_plan *plan, int threads) {
     if (plan->part_bytes < plan->few.tile_bytes) plan->part_bytes = plan->few.tile_bytes;
 
     const int64_t spans = gqa_ceil_div(plan->seq_k, GQA_SPAN);
-    const int64_t chunks = plan->units ? gqa_ceil_div(wanted, plan->units) : 1;
+    const int64_t tasks = threads > 1 && plan->form->few ? (int64_t)threads * GQA_CHUNKS_PER_THREAD : wanted;
+    const int64_t chunks = plan->units ? gqa_ceil_div(tasks, plan->units) : 1;
     for (plan->chunk_level = 0; gqa_ceil_div(spans, INT64_C(1) << plan->chunk_level) > chunks;) plan->chunk_level++;
     plan->chunks = gqa_max(1, gqa_ceil_div(spans, INT64_C(1) << plan->chunk_level));
 }

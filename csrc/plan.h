@@ -11,6 +11,7 @@ enum {
     GQA_SPAN = 2048, /* keys whose part is made without a merge, and one stream: a multiple of the key tile */
     GQA_TILES_PER_UNIT = 8,    /* row tiles that share each loaded K/V tile, at most */
     GQA_UNITS_PER_THREAD = 16, /* enough for an even load when units differ */
+    GQA_CHUNKS_PER_THREAD = 64, /* of few rows: a thread that ends early waits for at most one of them */
 };
 
 /* An array seen as (leading dims..., head, row, column); a broadcast dimension has stride 0. */
@@ -20,6 +21,7 @@ struct gqa_operand {
     bool swapped;
     int64_t lead[GQA_MAX_DIMS];
     int64_t head, row, column;
+    int64_t block;         /* paged: from one block to the next */
     const int64_t *starts; /* packed: sequence b's rows begin at starts[b]; else NULL */
 };
 
@@ -38,6 +40,9 @@ struct gqa_plan {
     struct gqa_operand slopes, sinks;                  /* columns are heads */
     struct gqa_operand query_lengths, kv_lengths;      /* int64, neither head, row nor column */
     struct gqa_operand query_positions, key_positions; /* int64, columns are positions */
+    struct gqa_operand block_table;                    /* int64, columns are blocks */
+    struct gqa_operand key_scales, value_scales;       /* float32, rows are keys; of int8 */
+    int64_t run_rows; /* rows after which a cache goes on elsewhere, in the next block or from slot 0 */
 
     int lead_ndim;
     int64_t lead_shape[GQA_MAX_DIMS];

@@ -14,7 +14,6 @@
 
 enum {
     CACHE_LINE = 64,
-    PIECE = 16,       /* keys that few rows take at a time where theirs must be loaded: see piece_of */
     FETCHED_ROWS = 8, /* about what memory delivers while it would otherwise wait for the next stream to be noticed */
 };
 
@@ -42,7 +41,7 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->query = take(&cursor, unit_rows * head_dim * real);
     work->scores = take(&cursor, gqa_max(GQA_KEY_TILE * tile_rows, GQA_SPAN * plan->few.tile_rows) * real);
     work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
-    work->key = take(&cursor, GQA_KEY_TILE * gqa_max(plan->head_dim, plan->v_dim) * real);
+    work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
     work->lo = take(&cursor, tile_rows * real);
@@ -53,14 +52,14 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->slope = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
     work->row_at = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
     work->key_at = take(&cursor, plan->slopes.data ? GQA_KEY_TILE * real : 0);
-    work->ones = take(&cursor, gqa_max(tile_rows, v_dim) * real);
+    work->ones = take(&cursor, tile_rows * real);
     work->row_lo = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
     work->row_hi = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
     work->parts = (char **)(void *)take(&cursor, work->levels * (int64_t)sizeof(char *));
     char *parts = take(&cursor, work->levels * (int64_t)plan->part_bytes);
     if (!scratch) return (size_t)(cursor - scratch);
     for (int i = 0; i < work->levels; i++) work->parts[i] = parts + (size_t)i * plan->part_bytes;
-    for (int64_t i = 0; i < gqa_max(tile_rows, v_dim); i++) gqa_put(plan->kernels, work->ones, i, 1);
+    for (int64_t i = 0; i < tile_rows; i++) gqa_put(plan->kernels, work->ones, i, 1);
     return (size_t)(cursor - scratch);
 }
 
@@ -125,16 +124,15 @@ struct step {
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
     keys->key =
-        gqa_view_rows(plan->kernels, &plan->key, gqa_operand_at(plan, &plan->key, unit->sequence, unit->kv_head),
-                      keys->first, keys->end - keys->first, plan->head_dim, work->key);
+        gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, keys->end - keys->first, plan->head_dim,
+                      work->key);
 }
 
-/* Few rows are done with the keys by then, and one buffer stays in the first-level cache better than two. */
 static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                         struct key_tile *keys) {
     keys->value =
-        gqa_view_rows(plan->kernels, &plan->value, gqa_operand_at(plan, &plan->value, unit->sequence, unit->kv_head),
-                      keys->first, keys->end - keys->first, plan->v_dim, unit->form->few ? work->key : work->value);
+        gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, plan->v_dim,
+                      work->value);
     keys->state = UNKNOWN;
 }
 
@@ -183,27 +181,22 @@ static int lanes_of(const struct gqa_plan *plan, const struct step *step) {
 static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
     if (step->masked && keys->state == UNKNOWN) {
         const int count = (int)(keys->end - keys->first);
-        const bool finite = plan->kernels->all_finite(keys->value.data, keys->value.stride, count, (int)plan->v_dim);
+        const bool finite = plan->kernels->all_finite(keys->value.data, keys->value.stride,
+                                                      keys->value.dtype, count, (int)plan->v_dim);
         keys->state = finite ? FINITE : NOT_FINITE;
     }
     return step->masked && keys->state == NOT_FINITE;
 }
 
-/* Asks for the first rows of a stream that comes next; rows past the end of memory do no harm. */
+/* Asks for the first rows of a stream that comes next; rows past the last key do no harm. */
 static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
                        int64_t first, int64_t width) {
-    const uintptr_t base = (uintptr_t)gqa_operand_at(plan, operand, unit->sequence, unit->kv_head);
-    for (int64_t i = first; i < first + FETCHED_ROWS; i++)
+    if (first >= unit->seq_k) return;
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, FETCHED_ROWS);
+    const uintptr_t base = (uintptr_t)run.at;
+    for (int64_t i = 0; i < run.count; i++)
         for (int64_t byte = 0; byte < width * operand->column; byte += CACHE_LINE)
             __builtin_prefetch((const void *)(base + (uintptr_t)(i * operand->row + byte)), 0, 2);
-}
-
-/* Keys of a tile that few rows take at a time.  Halves become floats in the first-level cache and are
- * used there: with 4 rows of 128 float16, one Zen 4 core reads 9.5 GB/s in pieces of 8 or 16 keys, 6.0 to
- * 6.4 by 32 or whole tiles.  The dtype alone decides, since a piece is also a sum: the same bits however
- * an array lies. */
-static int64_t piece_of(const struct gqa_operand *operand) {
-    return operand->dtype == GQA_FLOAT16 || operand->dtype == GQA_BFLOAT16 ? PIECE : GQA_KEY_TILE;
 }
 
 /* The step's first row among rows of a key tile. */
@@ -212,18 +205,32 @@ static const char *from_first(const struct gqa_plan *plan, const struct step *st
     return rows->data + (step->first - keys->first) * rows->stride * (int64_t)plan->kernels->real_size;
 }
 
+/* Scores or weights times the scales of int8 rows.  A weight of 0 stays so: the scale of a masked slot may be NaN. */
+static void scale_few(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *scales,
+                      const struct step *step, bool weights) {
+    const int count = (int)(step->end - step->first);
+    float scale[GQA_KEY_TILE];
+    gqa_view_scales(plan, scales, unit, step->first, count, scale);
+    for (int r = 0; r < step->rows; r++) {
+        float *x = (float *)(void *)step->scores + r * GQA_KEY_TILE;
+        for (int j = 0; j < count; j++) {
+            const float scaled = x[j] * scale[j];
+            x[j] = weights && x[j] == 0 ? x[j] : scaled;
+        }
+    }
+}
+
 static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       const struct step *step) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int64_t real = (int64_t)kernels->real_size, piece = piece_of(&plan->key);
-    struct key_tile keys = {.first = step->first};
-    for (; keys.first < step->end; keys.first = keys.end) {
-        keys.end = gqa_min(keys.first + piece, step->end);
-        load_keys(plan, unit, work, &keys);
-        kernels->dot(step->scores + (keys.first - step->first) * real, work->query,
-                     (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, keys.key.data,
-                     keys.key.stride, (int)(keys.end - keys.first), (int)plan->head_dim);
+    struct gqa_piece piece;
+    for (int64_t first = step->first; first < step->end; first = piece.end) {
+        piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, plan->head_dim, work->key);
+        kernels->dot(step->scores + (first - step->first) * (int64_t)kernels->real_size, work->query,
+                     (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, piece.rows.data,
+                     piece.rows.stride, piece.rows.dtype, (int)(piece.end - first), (int)plan->head_dim, piece.ahead);
     }
+    if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
 }
 
 static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
@@ -267,17 +274,18 @@ static struct gqa_slots slots_of(const struct gqa_unit *unit, int64_t tile, cons
 static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                            const struct step *step) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int64_t real = (int64_t)kernels->real_size, piece = piece_of(&plan->value);
     const int rows = step->rows, o_lanes = unit->form->o_lanes;
-    if (memcmp(work->alpha, work->ones, (size_t)(rows * real))) /* rare once the maximum is found */
+    if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
         kernels->blend(step->o, NULL, o_lanes, rows, o_lanes, work->alpha, NULL, true);
-    struct key_tile keys = {.first = step->first};
-    for (; keys.first < step->end; keys.first = keys.end) {
-        keys.end = gqa_min(keys.first + piece, step->end);
-        load_values(plan, unit, work, &keys);
-        gqa_outer *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
-        outer(step->o, o_lanes, work->ones, keys.value.data, keys.value.stride, (int)plan->v_dim,
-              step->scores + (keys.first - step->first) * real, GQA_KEY_TILE, 1, rows, (int)(keys.end - keys.first));
+    if (plan->value_scales.data) scale_few(plan, unit, &plan->value_scales, step, true);
+    struct gqa_piece piece;
+    for (int64_t first = step->first; first < step->end; first = piece.end) {
+        piece = gqa_stream_keys(plan, &plan->value, unit, first, step->end, plan->v_dim, work->value);
+        struct key_tile keys = {.first = first, .end = piece.end, .value = piece.rows};
+        gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
+        outer(step->o, o_lanes, piece.rows.data, piece.rows.stride, piece.rows.dtype, (int)plan->v_dim,
+              step->scores + (first - step->first) * (int64_t)kernels->real_size, GQA_KEY_TILE, rows,
+              (int)(piece.end - first), piece.ahead);
     }
 }
 

@@ -1,24 +1,123 @@
-/* view.c: the loader.  Type, stride, alignment and byte order end here.
+/* view.c: the loader.  Type, stride, alignment, byte order, blocks and rings end here.
  * Called by tile.c and merge.c. */
 #include "view.h"
 
-static bool lies_plainly(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
-                         int64_t width) {
-    const int64_t size = (int64_t)kernels->real_size;
-    const enum gqa_dtype own = kernels->real_size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
-    return operand->dtype == own && !operand->swapped && (operand->column == size || width <= 1) &&
-           operand->row % size == 0 && (uintptr_t)at % (uintptr_t)size == 0;
+#include <string.h>
+
+static int64_t size_of(enum gqa_dtype dtype) {
+    return dtype == GQA_INT8 ? 1 : dtype == GQA_FLOAT32 ? 4 : dtype == GQA_FLOAT64 ? 8 : 2;
 }
 
-struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
+static bool lies_plainly(const struct gqa_operand *operand, const char *at, int64_t width) {
+    const int64_t size = size_of(operand->dtype);
+    const bool aligned = size == 1 || (operand->row % size == 0 && (uintptr_t)at % (uintptr_t)size == 0);
+    return !operand->swapped && (operand->column == size || width <= 1) && aligned;
+}
+
+static struct gqa_rows in_place(const struct gqa_operand *operand, const char *at, int64_t first) {
+    return (struct gqa_rows){at + first * operand->row, (ptrdiff_t)(operand->row / size_of(operand->dtype)),
+                             operand->dtype};
+}
+
+/* To scratch (count, width), as reals. */
+static struct gqa_rows loaded(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                               int64_t first, int64_t count, int64_t width, void *scratch) {
     const char *row = at + first * operand->row;
-    if (lies_plainly(kernels, operand, at, width))
-        return (struct gqa_rows){row, (ptrdiff_t)(operand->row / (int64_t)kernels->real_size)};
     const bool joined = operand->row == width * operand->column; /* each row follows the last: as one long row */
     const int64_t rows = joined ? 1 : count, length = joined ? count * width : width;
     for (int64_t i = 0; i < rows; i++)
         kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, 1, row + i * operand->row,
                       operand->column, operand->dtype, operand->swapped, (int)length);
-    return (struct gqa_rows){scratch, (ptrdiff_t)width};
+    return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(kernels)};
+}
+
+struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
+                              int64_t first, int64_t count, int64_t width, void *scratch) {
+    if (operand->dtype == gqa_own_dtype(kernels) && lies_plainly(operand, at, width))
+        return in_place(operand, at, first);
+    return loaded(kernels, operand, at, first, count, width, scratch);
+}
+
+/* ---- keys of a sequence, which may be those of a cache ---- */
+
+struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
+                            int64_t first, int64_t count) {
+    const int64_t row = first % plan->run_rows;
+    const char *at = gqa_operand_at(plan, operand, unit->sequence, unit->kv_head) + row * operand->row;
+    if (plan->block_table.data) {
+        const char *table = gqa_operand_at(plan, &plan->block_table, unit->sequence, 0);
+        int64_t block;
+        memcpy(&block, table + first / plan->run_rows * plan->block_table.column, sizeof block);
+        at += block * operand->block;
+    }
+    return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
+}
+
+/* Run by run to scratch (count, width). */
+static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, char *scratch) {
+    struct gqa_run run;
+    for (int64_t done = 0; done < count; done += run.count) {
+        run = gqa_view_run(plan, operand, unit, first + done, count - done);
+        loaded(plan->kernels, operand, run.at, 0, run.count, width,
+               scratch + done * width * (int64_t)plan->kernels->real_size);
+    }
+    return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(plan->kernels)};
+}
+
+/* From the run at `at`, which begins with key `first`, to what is read GQA_FETCH_AHEAD bytes later: in small blocks not
+ * where a row's neighbours lie, which belong to another head. */
+static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                const struct gqa_unit *unit, int64_t first, const char *at) {
+    if (!plan->block_table.data) return GQA_FETCH_AHEAD;
+    const int64_t bytes = gqa_max(1, plan->run_rows * operand->row);
+    const int64_t later = first + plan->run_rows * gqa_ceil_div(GQA_FETCH_AHEAD, bytes);
+    if (bytes > 4 * GQA_FETCH_AHEAD) return GQA_FETCH_AHEAD;
+    return later < unit->seq_k ? (ptrdiff_t)((intptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (intptr_t)at)
+                               : 0;
+}
+
+/* Pieces end with a run, or at a multiple of GQA_FEW_PIECE, so that sums have the same bits wherever keys lie. */
+struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
+                                 void *scratch) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, end - first);
+    const int64_t whole = run.count == end - first ? run.count : run.count - run.count % GQA_FEW_PIECE;
+    struct gqa_piece piece = {.end = gqa_min(end, first + (whole ? whole : GQA_FEW_PIECE))};
+    const int64_t count = piece.end - first;
+    if (!whole)
+        piece.rows = gather(plan, operand, unit, first, count, width, scratch);
+    else if (!gqa_streams(kernels, operand->dtype) || !lies_plainly(operand, run.at, width))
+        piece.rows = loaded(kernels, operand, run.at, 0, count, width, scratch);
+    else
+        piece = (struct gqa_piece){in_place(operand, run.at, 0), piece.end,
+                                   distance_ahead(plan, operand, unit, first, run.at)};
+    return piece;
+}
+
+void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
+                     int64_t first, int64_t count, float *to) {
+    struct gqa_run run;
+    for (int64_t done = 0; done < count; done += run.count) {
+        run = gqa_view_run(plan, scales, unit, first + done, count - done);
+        for (int64_t i = 0; i < run.count; i++) memcpy(&to[done + i], run.at + i * scales->row, sizeof *to);
+    }
+}
+
+struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
+                              int64_t count, int64_t width, void *scratch) {
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, count);
+    float scale[GQA_KEY_TILE];
+    if (run.count == count && !scales->data)
+        return gqa_view_rows(plan->kernels, operand, run.at, 0, count, width, scratch);
+    const struct gqa_rows rows = gather(plan, operand, unit, first, count, width, scratch);
+    if (!scales->data) return rows;
+    gqa_view_scales(plan, scales, unit, first, count, scale);
+    for (int64_t i = 0; i < count; i++) {
+        float *row = (float *)scratch + i * width; /* int8 goes with floats only */
+        plan->kernels->spread(row, 1, row, (int)width, (double)scale[i]);
+    }
+    return rows;
 }

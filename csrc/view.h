@@ -6,13 +6,47 @@
 #include "plan.h"
 
 struct gqa_rows {
-    const char *data; /* reals */
-    ptrdiff_t stride; /* reals */
+    const char *data;
+    ptrdiff_t stride; /* elements */
+    enum gqa_dtype dtype;
 };
 
 /* Rows `first` to `first + count` of the matrix at `at`: in place when its reals lie one after
  * another, otherwise loaded to scratch (count, width). */
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                               int64_t first, int64_t count, int64_t width, void *scratch);
+
+/* Keys of one sequence and head that lie at one stride, the operand's. */
+struct gqa_run {
+    const char *at;
+    int64_t count;
+};
+
+/* The run that begins with key `first`, and `count` keys of it at most. */
+struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
+                            int64_t first, int64_t count);
+
+/* Keys `first` to `first + count`, at most a tile: in place where gqa_view_rows would and they lie in one run.  int8
+ * rows are multiplied by their scales. */
+struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                              const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
+                              int64_t count, int64_t width, void *scratch);
+
+/* Keys that few rows take at once. */
+struct gqa_piece {
+    struct gqa_rows rows;
+    int64_t end;     /* the key that comes next */
+    ptrdiff_t ahead; /* see dot in kernels.h */
+};
+
+/* The piece that begins with key `first` and ends at `end` or before, at most a tile: in place also where a kernel
+ * widens rows as it reads; int8 is left as it is. */
+struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
+                                 void *scratch);
+
+/* The scales of int8 keys `first` to `first + count`. */
+void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
+                     int64_t first, int64_t count, float *to);
 
 #endif

@@ -19,6 +19,18 @@ def attention(
     return_lse: bool,
     /,
 ) -> Any: ...
+def cache_append(
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    key_scales: NDArray[Any] | None,
+    value_scales: NDArray[Any] | None,
+    block_table: NDArray[Any] | None,
+    new_keys: NDArray[Any],
+    new_values: NDArray[Any],
+    lengths: NDArray[Any],
+    counts: NDArray[Any],
+    /,
+) -> None: ...
 def pool_heads(
     weight: NDArray[Any],
     out: NDArray[Any],

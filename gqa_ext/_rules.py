@@ -34,6 +34,10 @@ class Rules(NamedTuple):
     dropout_p: float = 0.0
     seed: int = 0
     weights: Array | None = None  # zeros that C writes the weights to
+    cached_keys: int | None = None  # a cache: its keys, as the longest sequence counts them
+    block_table: Array | None = None  # int64 (B, blocks)
+    key_scales: Array | None = None  # float32, of int8 keys
+    value_scales: Array | None = None
 
 
 NO_RULES = Rules()

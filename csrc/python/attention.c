@@ -3,7 +3,8 @@
 #include "binding.h"
 
 enum { LEFT, RIGHT, SOFTCAP, SLOPES, SINKS, QUERY_LENGTHS, KV_LENGTHS, QUERY_POSITIONS, KEY_POSITIONS };
-enum { CU_SEQLENS_Q = KEY_POSITIONS + 1, CU_SEQLENS_K, DROPOUT_P, SEED, WEIGHTS, RULES };
+enum { CU_SEQLENS_Q = KEY_POSITIONS + 1, CU_SEQLENS_K, DROPOUT_P, SEED, WEIGHTS };
+enum { CACHED_KEYS = WEIGHTS + 1, BLOCK_TABLE, KEY_SCALES, VALUE_SCALES, RULES };
 
 static bool to_rule_arrays(const struct state *state, PyObject *const *rules, struct gqa_attention *problem) {
     return to_optional_array(state, rules[SLOPES], &problem->alibi_slopes) &&
@@ -14,7 +15,10 @@ static bool to_rule_arrays(const struct state *state, PyObject *const *rules, st
            to_optional_array(state, rules[KEY_POSITIONS], &problem->key_positions) &&
            to_optional_array(state, rules[CU_SEQLENS_Q], &problem->cu_seqlens_q) &&
            to_optional_array(state, rules[CU_SEQLENS_K], &problem->cu_seqlens_k) &&
-           to_optional_array(state, rules[WEIGHTS], &problem->weights);
+           to_optional_array(state, rules[WEIGHTS], &problem->weights) &&
+           to_optional_array(state, rules[BLOCK_TABLE], &problem->block_table) &&
+           to_optional_array(state, rules[KEY_SCALES], &problem->key_scales) &&
+           to_optional_array(state, rules[VALUE_SCALES], &problem->value_scales);
 }
 
 static bool to_rules(const struct state *state, PyObject *object, struct gqa_attention *problem) {
@@ -27,6 +31,8 @@ static bool to_rules(const struct state *state, PyObject *object, struct gqa_att
         rules = PySequence_Fast_ITEMS(object);
     }
     problem->seed = PyLong_Check(rules[SEED]) ? PyLong_AsUnsignedLongLongMask(rules[SEED]) : 0;
+    if (!to_side(rules[CACHED_KEYS], &problem->cached_keys)) return false;
+    problem->cached = problem->cached_keys != GQA_OPEN;
     return to_side(rules[LEFT], &problem->left) && to_side(rules[RIGHT], &problem->right) &&
            to_optional_double(rules[SOFTCAP], &problem->softcap, &has_softcap) &&
            to_optional_double(rules[DROPOUT_P], &problem->dropout_p, &has_dropout) &&

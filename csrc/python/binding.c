@@ -46,6 +46,7 @@ static bool to_dtype(const struct state *state, int number, enum gqa_dtype *dtyp
     case NPY_HALF: *dtype = GQA_FLOAT16; return true;
     case NPY_BOOL: *dtype = GQA_BOOL; return true;
     case NPY_INT64: *dtype = GQA_INT64; return true;
+    case NPY_BYTE: *dtype = GQA_INT8; return true;
     default: *dtype = GQA_BFLOAT16; return number == state->bfloat16;
     }
 }

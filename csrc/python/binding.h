@@ -61,6 +61,7 @@ enum gqa_status take_gil(struct released *gil, enum gqa_status status);
 /* ---- calls, in the table of module.c ---- */
 
 PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 PyObject *pool_heads(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 PyObject *rope(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 

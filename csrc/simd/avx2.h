@@ -45,7 +45,8 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 
-/* A vector of halves from and to memory of any alignment; stores round to nearest even. */
+/* A vector of int8 or of halves from and to memory of any alignment; stores round to nearest even. */
+static inline vec vload_int8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
 static inline vec vload_float16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 static inline vec vload_bfloat16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));

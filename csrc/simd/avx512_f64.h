@@ -44,4 +44,4 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
     _mm256_storeu_pd(p, _mm256_add_pd(low, high));
 }
 
-#include "halves_by_one.h"
+#include "narrow_by_one.h"

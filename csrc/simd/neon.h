@@ -44,7 +44,11 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
     vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
 }
 
-/* A vector of halves from and to memory of any alignment; stores round to nearest even. */
+/* A vector of int8 or of halves from and to memory of any alignment; stores round to nearest even. */
+static inline vec vload_int8(const void *p) {
+    int8x8_t bytes = vreinterpret_s8_u32(vld1_lane_u32(p, vdup_n_u32(0), 0));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
 static inline vec vload_float16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 static inline vec vload_bfloat16(const void *p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));

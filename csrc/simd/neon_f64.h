@@ -42,4 +42,4 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
     vst1q_f64(p + 2, vpaddq_f64(c, d));
 }
 
-#include "halves_by_one.h"
+#include "narrow_by_one.h"

@@ -48,4 +48,4 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
     p[0] = a, p[1] = b, p[2] = c, p[3] = d;
 }
 
-#include "halves_by_one.h"
+#include "narrow_by_one.h"

@@ -11,12 +11,6 @@ enum form { MANY, FEW, CAREFUL, CAREFUL_FEW };
 
 static const char *const form_names[] = {"outer", "outer_few", "outer_careful", "outer_few_careful"};
 
-static gqa_outer *kernel_of(enum form form) {
-    gqa_outer *const entries[] = {kernels->outer, kernels->outer_few, kernels->outer_careful,
-                                  kernels->outer_few_careful};
-    return entries[form];
-}
-
 struct product {
     enum form form;
     int n, lanes, count;
@@ -37,9 +31,18 @@ static double outer_element(const struct product *p, int i, int lane, double *si
     return sum;
 }
 
+static void multiply(const struct product *p, void *c) {
+    gqa_outer *many = p->form == MANY ? kernels->outer : kernels->outer_careful;
+    gqa_outer_few *few = p->form == FEW ? kernels->outer_few : kernels->outer_few_careful;
+    if (p->form == MANY || p->form == CAREFUL)
+        many(c, p->c_stride, p->scale, p->a, p->a_stride, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count);
+    else
+        few(c, p->c_stride, p->a, p->a_stride, gqa_own_dtype(kernels), p->lanes, p->b, p->b_n, p->n, p->count, 0);
+}
+
 static void check_outer(const struct product *p) {
     void *c = copy_of(p->c, p->n * p->c_stride);
-    kernel_of(p->form)(c, p->c_stride, p->scale, p->a, p->a_stride, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count);
+    multiply(p, c);
     for (int i = 0; i < p->n; i++) {
         double size;
         for (int lane = 0; lane < p->lanes; lane++) {
@@ -89,7 +92,7 @@ static void test_outer(void) {
                 test_outer_of(MANY, n, padded(lanes), count, kind, (j + k) % 2, (i + k) % 2);
                 test_outer_of(FEW, n, lanes, count, kind, true, true);
                 test_outer_of(CAREFUL_FEW, n, lanes, count, kind, true, true);
-                test_outer_of(CAREFUL, n, lanes, count, kind, (j + k) % 2, (i + k) % 2);
+                test_outer_of(CAREFUL, n, padded(lanes), count, kind, (j + k) % 2, (i + k) % 2);
             }
 }
 
@@ -101,7 +104,7 @@ static void test_dot_of(int rows, int keys, int head_dim, enum kind kind) {
     void *s = reals(rows * GQA_KEY_TILE, 7e7);
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < head_dim; t++) put(q, r * q_stride + t, value_of(kind == DENORMAL ? RANDOM : kind));
-    kernels->dot(s, q, q_stride, rows, k, k_stride, keys, head_dim);
+    kernels->dot(s, q, q_stride, rows, k, k_stride, gqa_own_dtype(kernels), keys, head_dim, 0);
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < GQA_KEY_TILE; j++) {
             if (j >= keys && j < (keys + 3) / 4 * 4) continue; /* anything may stand there */
@@ -204,12 +207,14 @@ static void test_finite_of(int n, int width, enum kind kind) {
     void *x = drawn((n - 1) * stride + width, kind);
     for (int i = 0; i < n - 1; i++)
         for (ptrdiff_t gap = width; gap < stride; gap++) put(x, i * stride + gap, NAN); /* nobody's business */
-    if (!kernels->all_finite(x, stride, n, width)) snprintf(bad, sizeof bad, "finite values were not");
+    if (!kernels->all_finite(x, stride, gqa_own_dtype(kernels), n, width))
+        snprintf(bad, sizeof bad, "finite values were not");
     const ptrdiff_t at = (ptrdiff_t)(chance() * n) * stride + (ptrdiff_t)(chance() * width);
     const double poisons[] = {NAN, INFINITY, -INFINITY};
     for (int i = 0; i < 3; i++) {
         put(x, at, poisons[i]);
-        if (kernels->all_finite(x, stride, n, width)) snprintf(bad, sizeof bad, "%g at %td was missed", poisons[i], at);
+        if (kernels->all_finite(x, stride, gqa_own_dtype(kernels), n, width))
+            snprintf(bad, sizeof bad, "%g at %td was missed", poisons[i], at);
     }
     judge("finite", n, width, (int)kind, 0);
     free(x);

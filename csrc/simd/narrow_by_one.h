@@ -1,10 +1,17 @@
-/* halves_by_one.h: the words for vectors of halves in plain C, for vocabularies whose instruction set
- * has none between halves and its reals.  Included at their end. */
+/* narrow_by_one.h: the words for vectors of int8 and of halves in plain C, for vocabularies whose instruction
+ * set has none between those and its reals.  Included at their end. */
 #include "../half.h"
 
 #include <stdint.h>
 #include <string.h>
 
+static inline vec vload_int8(const void *p) {
+    int8_t bytes[LANES];
+    real x[LANES];
+    memcpy(bytes, p, sizeof bytes);
+    for (int i = 0; i < LANES; i++) x[i] = bytes[i];
+    return vload(x);
+}
 static inline vec vload_float16(const void *p) {
     uint16_t halves[LANES];
     real x[LANES];

@@ -1,0 +1,168 @@
+/* cache.c: new rows into a cache, cast to its type on the way.
+ *
+ * Row by row: widened to double, which holds every float exactly, and rounded once.  A row that has the cache's
+ * own type is copied.  Called by python/cache.c. */
+#include "gqa.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "check.h"
+#include "elements.h"
+
+enum { STRIP = 512 }; /* elements of a row on the stack at a time */
+
+/* ---- checks ---- */
+
+static bool is_float(const struct gqa_array *array) {
+    return array->dtype == GQA_FLOAT16 || array->dtype == GQA_BFLOAT16 || array->dtype == GQA_FLOAT32 ||
+           array->dtype == GQA_FLOAT64;
+}
+
+static bool store_fits(const struct gqa_array *rows, const struct gqa_array *scales, const struct gqa_array *new_rows) {
+    if (rows->ndim != 4 || new_rows->ndim != 4 || !is_float(new_rows) || rows->swapped) return false;
+    if (rows->shape[1] != new_rows->shape[1] || rows->shape[3] != new_rows->shape[3]) return false;
+    if (!scales->data) return is_float(rows) && rows->dtype != GQA_FLOAT64;
+    return rows->dtype == GQA_INT8 && scales->dtype == GQA_FLOAT32 && !scales->swapped && scales->ndim == 3 &&
+           !memcmp(scales->shape, rows->shape, 3 * sizeof *scales->shape);
+}
+
+static bool numbers_fit(const struct gqa_array *array, int64_t count) {
+    if (array->ndim != 1 || array->shape[0] != count || array->dtype != GQA_INT64 || array->swapped) return false;
+    for (int64_t b = 0; b < count; b++)
+        if (gqa_integer(array, b, 0) < 0) return false;
+    return true;
+}
+
+/* Each sequence has room: blocks that the table names, or the slots of a ring, which never run out. */
+static bool room_fits(const struct gqa_cache_append *problem, int64_t sequences) {
+    const struct gqa_array *table = &problem->block_table;
+    const int64_t rows = problem->keys.shape[2];
+    for (int64_t b = 0; b < sequences; b++) {
+        const int64_t first = gqa_integer(&problem->lengths, b, 0), count = gqa_integer(&problem->counts, b, 0);
+        if (count > problem->new_keys.shape[2] || rows < 1) return false;
+        if (table->data && !gqa_blocks_fit(table, b, first, first + count, rows, problem->keys.shape[0])) return false;
+    }
+    return true;
+}
+
+static bool append_fits(const struct gqa_cache_append *problem) {
+    const struct gqa_array *keys = &problem->keys, *values = &problem->values, *table = &problem->block_table;
+    if (!store_fits(keys, &problem->key_scales, &problem->new_keys) ||
+        !store_fits(values, &problem->value_scales, &problem->new_values))
+        return false;
+    const int64_t sequences = problem->new_keys.shape[0];
+    if (memcmp(keys->shape, values->shape, 3 * sizeof *keys->shape) ||
+        memcmp(problem->new_keys.shape, problem->new_values.shape, 3 * sizeof *keys->shape))
+        return false;
+    if (table->data ? table->ndim != 2 || table->dtype != GQA_INT64 || table->shape[0] != sequences
+                    : keys->shape[0] != sequences)
+        return false;
+    return numbers_fit(&problem->lengths, sequences) && numbers_fit(&problem->counts, sequences) &&
+           room_fits(problem, sequences);
+}
+
+/* ---- rows ---- */
+
+struct row {
+    char *to;
+    const char *from;
+    int64_t to_step, from_step, width;
+};
+
+/* Elements first to first + count of a row, as doubles. */
+static void widen(double *x, const struct row *row, const struct gqa_array *from, int64_t first, int64_t count) {
+    char packed[STRIP * sizeof(double)];
+    gqa_copy_elements(packed, (int64_t)gqa_itemsize(from->dtype), row->from + first * row->from_step, row->from_step,
+                      count, gqa_itemsize(from->dtype), from->swapped);
+    gqa_widen(x, packed, count, from->dtype);
+}
+
+static void cast_row(const struct row *row, const struct gqa_array *to, const struct gqa_array *from) {
+    const size_t size = gqa_itemsize(to->dtype);
+    char narrow[STRIP * sizeof(float)];
+    double x[STRIP];
+    if (to->dtype == from->dtype) {
+        gqa_copy_elements(row->to, row->to_step, row->from, row->from_step, row->width, size, from->swapped);
+        return;
+    }
+    for (int64_t first = 0; first < row->width; first += STRIP) {
+        const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
+        widen(x, row, from, first, count);
+        gqa_narrow(narrow, x, count, to->dtype);
+        gqa_copy_elements(row->to + first * row->to_step, row->to_step, narrow, (int64_t)size, count, size, false);
+    }
+}
+
+/* The largest magnitude of a row; NaN where an element is not finite. */
+static double magnitude(const struct row *row, const struct gqa_array *from) {
+    double x[STRIP], most = 0, odd = 0;
+    for (int64_t first = 0; first < row->width; first += STRIP) {
+        const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
+        widen(x, row, from, first, count);
+        for (int64_t i = 0; i < count; i++) {
+            most = fabs(x[i]) > most ? fabs(x[i]) : most;
+            odd += 0 * x[i]; /* NaN unless all are finite */
+        }
+    }
+    return most + odd;
+}
+
+/* Rounded up, so that no quotient leaves -127..127 and none is off by more than half a scale. */
+static float scale_of(double most) {
+    const float scale = (float)(most / 127);
+    return (double)scale * 127 < most ? nextafterf(scale, INFINITY) : scale;
+}
+
+static float quantise_row(const struct row *row, const struct gqa_array *from) {
+    const float scale = scale_of(magnitude(row, from));
+    const bool zero = !(scale > 0 && scale < INFINITY); /* nothing but zeros, or NaN by way of the scale */
+    double x[STRIP];
+    for (int64_t first = 0; first < row->width; first += STRIP) {
+        const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
+        widen(x, row, from, first, count);
+        for (int64_t i = 0; i < count; i++)
+            row->to[(first + i) * row->to_step] = (char)(zero ? 0 : (int8_t)rint(x[i] / (double)scale));
+    }
+    return scale < INFINITY ? scale : NAN;
+}
+
+/* ---- the cache ---- */
+
+/* New row i of sequence b and one head, as row `at` of a block. */
+static void store_row(const struct gqa_array *rows, const struct gqa_array *scales, const struct gqa_array *from,
+                      int64_t b, int64_t head, int64_t i, int64_t block, int64_t at) {
+    const struct row row = {
+        .to = rows->data + block * rows->strides[0] + head * rows->strides[1] + at * rows->strides[2],
+        .from = from->data + b * from->strides[0] + head * from->strides[1] + i * from->strides[2],
+        .to_step = rows->strides[3],
+        .from_step = from->strides[3],
+        .width = rows->shape[3],
+    };
+    if (!scales->data) {
+        cast_row(&row, rows, from);
+        return;
+    }
+    const float scale = quantise_row(&row, from);
+    memcpy(scales->data + block * scales->strides[0] + head * scales->strides[1] + at * scales->strides[2], &scale,
+           sizeof scale);
+}
+
+/* The new rows of one sequence and head.  Of more rows than a ring holds, the last ones stay. */
+static void store_rows(const struct gqa_cache_append *problem, int64_t b, int64_t head) {
+    const struct gqa_array *table = &problem->block_table;
+    const int64_t first = gqa_integer(&problem->lengths, b, 0), count = gqa_integer(&problem->counts, b, 0);
+    const int64_t rows = problem->keys.shape[2];
+    for (int64_t i = table->data || count < rows ? 0 : count - rows; i < count; i++) {
+        const int64_t block = table->data ? gqa_integer(table, b, (first + i) / rows) : b, at = (first + i) % rows;
+        store_row(&problem->keys, &problem->key_scales, &problem->new_keys, b, head, i, block, at);
+        store_row(&problem->values, &problem->value_scales, &problem->new_values, b, head, i, block, at);
+    }
+}
+
+enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem) {
+    if (!append_fits(problem)) return GQA_BAD_ARGUMENT;
+    for (int64_t b = 0; b < problem->new_keys.shape[0]; b++)
+        for (int64_t head = 0; head < problem->keys.shape[1]; head++) store_rows(problem, b, head);
+    return GQA_OK;
+}

@@ -1,0 +1,144 @@
+/* few_tmpl.h: few rows against keys and values as they lie in memory, in the type that they have.
+ *
+ * Decoding reads every key and value once and is bound by that, so here a row is widened in registers, on its
+ * way from memory to the product; the many-rows form spends so long on each tile that it takes reals only.
+ * Included by kernels_tmpl.h; the table's dot, outer_few and outer_few_careful. */
+
+/* ---- outer_few: rows of values, weighted ---- */
+
+/* c += the sums of one block: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0. */
+BLOCK void few_block(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                     const int vectors, const int rest, const real *b, ptrdiff_t b_n, const int columns, int count,
+                     ptrdiff_t ahead) {
+    vec sum[COLUMNS][MOST_VECTORS];
+    add_up(sum, a, a_step, dtype, vectors, rest, b, b_n, 1, columns, count, ahead);
+    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) {
+        real *to = c + n * c_stride + v * LANES;
+        vstore(to, vadd(vload(to), sum[n][v]));
+    }
+}
+
+/* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
+ * whole before the next, which is how memory streams. */
+BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                      int lanes, const real *b, ptrdiff_t b_n, const int widest, const int columns, int count,
+                      ptrdiff_t ahead) {
+    int lane = 0;
+    UNROLL for (int vectors = widest; vectors > 0; vectors /= 2) for (; lanes - lane >= vectors * LANES;
+                                                                      lane += vectors * LANES)
+        few_block(c + lane, c_stride, a + lane * size_of(dtype), a_step, dtype, vectors, 0, b, b_n, columns, count,
+                  ahead);
+    if (lane < lanes)
+        few_block(c + lane, c_stride, a + lane * size_of(dtype), a_step, dtype, 1, lanes - lane, b, b_n, columns, count,
+                  0);
+}
+
+BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
+    if (dtype != OWN)
+        for (; n >= 2 * FEW_COLUMNS; n -= 2 * FEW_COLUMNS, c += 2 * FEW_COLUMNS * c_stride, b += 2 * FEW_COLUMNS * b_n)
+            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS / 2, 2 * FEW_COLUMNS, count, ahead);
+    UNROLL for (int columns = FEW_COLUMNS; columns > 0;
+                columns /= 2) for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
+        few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, ahead);
+}
+
+BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                      int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
+    for (int t = 0, some; t < count; t += some, a += some * a_step, b += some) {
+        some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
+        if (lanes <= FEW_VECTORS * LANES)
+            few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, 0);
+        else
+            few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, ahead);
+    }
+}
+
+static void outer_few(void *c, ptrdiff_t c_stride, const void *a, ptrdiff_t a_stride, enum gqa_dtype dtype, int lanes,
+                      const void *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
+    const ptrdiff_t step = a_stride * size_of(dtype);
+    switch (streamed(dtype)) {
+    case GQA_FLOAT16: few_pieces(c, c_stride, a, step, GQA_FLOAT16, lanes, b, b_n, n, count, ahead); break;
+    case GQA_BFLOAT16: few_pieces(c, c_stride, a, step, GQA_BFLOAT16, lanes, b, b_n, n, count, ahead); break;
+    case GQA_INT8: few_pieces(c, c_stride, a, step, GQA_INT8, lanes, b, b_n, n, count, ahead); break;
+    default: few_pieces(c, c_stride, a, step, OWN, lanes, b, b_n, n, count, ahead);
+    }
+}
+
+/* In the pieces of outer_few, so that a masked NaN changes no bit of a row that masks it. */
+BLOCK void careful_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                          int lanes, const real *b, ptrdiff_t b_n, int n, int count) {
+    for (int t = 0, some; t < count; t += some, a += some * a_step, b += some) {
+        some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
+        for (int i = 0; i < n; i++)
+            for (int lane = 0; lane < lanes; lane += LANES) {
+                real *to = c + i * c_stride + lane;
+                const char *strip = a + lane * size_of(dtype);
+                const vec sum = careful_sum(strip, a_step, dtype, lanes - lane, b + i * b_n, 1, some);
+                vstore(to, vadd(vload(to), sum));
+            }
+    }
+}
+
+static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *a, ptrdiff_t a_stride, enum gqa_dtype dtype,
+                              int lanes, const void *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
+    (void)ahead;
+    const ptrdiff_t step = a_stride * size_of(dtype);
+    switch (streamed(dtype)) {
+    case GQA_FLOAT16: careful_pieces(c, c_stride, a, step, GQA_FLOAT16, lanes, b, b_n, n, count); break;
+    case GQA_BFLOAT16: careful_pieces(c, c_stride, a, step, GQA_BFLOAT16, lanes, b, b_n, n, count); break;
+    case GQA_INT8: careful_pieces(c, c_stride, a, step, GQA_INT8, lanes, b, b_n, n, count); break;
+    default: careful_pieces(c, c_stride, a, step, OWN, lanes, b, b_n, n, count);
+    }
+}
+
+/* ---- dot: keys as they lie ---- */
+
+enum { DOT_KEYS = 4 };
+
+/* One key after the other, so that memory is read in one ascending stream: the prefetchers follow
+ * that and nothing else (four keys side by side: a third of the read speed). */
+BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const char *const k[DOT_KEYS],
+                     const enum gqa_dtype dtype, int head_dim, const int side, ptrdiff_t ahead) {
+    vec sum[DOT_ROWS][DOT_KEYS];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
+    UNROLL for (int pair = 0; pair < DOT_KEYS; pair += side) for (int t = 0; t < head_dim; t += LANES) {
+        vec x[DOT_KEYS];
+        UNROLL for (int j = 0; j < side; j++) {
+            x[j] = row_some(k[pair + j], t, head_dim, dtype);
+            if (rows > 2) fetch_ahead(k[pair + j] + t * size_of(dtype), ahead);
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            const vec y = vload(q + r * q_stride + t);
+            UNROLL for (int j = 0; j < side; j++) sum[r][pair + j] = vfma(x[j], y, sum[r][pair + j]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+
+BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, const char *first, ptrdiff_t step,
+                    const enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
+    for (int j = 0; j < keys; j += DOT_KEYS) {
+        const char *k[DOT_KEYS]; /* past the last key: the last again, into scores nobody reads */
+        for (int i = 0; i < DOT_KEYS; i++) k[i] = first + (j + i < keys ? j + i : keys - 1) * step;
+        real *s = s_ + j;
+        const real *q = q_;
+        int left = rows;
+        UNROLL for (int block = DOT_ROWS; block > 0;
+                    block /= 2) for (; left >= block; left -= block, s += block * GQA_KEY_TILE,
+                                                      q += block * q_stride) if (dtype != OWN && block > 2)
+            dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, ahead);
+        else dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, ahead);
+    }
+}
+
+static void dot(void *s, const void *q, ptrdiff_t q_stride, int rows, const void *k, ptrdiff_t k_stride,
+                enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
+    const ptrdiff_t step = k_stride * size_of(dtype);
+    switch (streamed(dtype)) {
+    case GQA_FLOAT16: dot_keys(s, q, q_stride, rows, k, step, GQA_FLOAT16, keys, head_dim, ahead); break;
+    case GQA_BFLOAT16: dot_keys(s, q, q_stride, rows, k, step, GQA_BFLOAT16, keys, head_dim, ahead); break;
+    case GQA_INT8: dot_keys(s, q, q_stride, rows, k, step, GQA_INT8, keys, head_dim, ahead); break;
+    default: dot_keys(s, q, q_stride, rows, k, step, OWN, keys, head_dim, ahead);
+    }
+}
