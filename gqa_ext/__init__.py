@@ -14,24 +14,29 @@ from . import convert, testing  # noqa: E402
 from ._runtime import cpu_info, get_num_threads, set_num_threads  # noqa: E402
 from .attention import kv_cache_nbytes, repeat_kv, scaled_dot_product_attention  # noqa: E402
 from .bias import get_alibi_slopes  # noqa: E402
+from .cache import KVCache  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .module import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention  # noqa: E402
 from .packed import varlen_attention  # noqa: E402
 from .rope import RotaryEmbedding  # noqa: E402
+from .paged import PagedKVCache, paged_attention  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GroupedQueryAttention",
+    "KVCache",
     "MultiHeadAttention",
     "MultiQueryAttention",
     "RotaryEmbedding",
+    "PagedKVCache",
     "convert",
     "cpu_info",
     "get_alibi_slopes",
     "get_num_threads",
     "kv_cache_nbytes",
     "merge_attention",
+    "paged_attention",
     "repeat_kv",
     "scaled_dot_product_attention",
     "set_num_threads",

@@ -32,6 +32,8 @@ def attention(
     return_lse: Any,
 ) -> NoReturn:
     """Raise what is wrong with the arguments of ``_core.attention``."""
+    if isinstance(rules, Rules) and rules.cached_keys is not None:
+        cached_attention(query, key, value, attn_mask, is_causal, scale, rules, out, return_lse)
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_array(ATTENTION, name, array)
         check_dtype(name, array)
@@ -54,6 +56,43 @@ def attention(
     flags = f"{is_causal=}, {alignment=}, {scale=}, {enable_gqa=}, {rules=}, {return_lse=}"
     came = ", ".join(f"{name} is {brief(array)}" for name, array in arrays.items())
     fail(ValueError, ATTENTION, f"{came}; {flags}", "C refuses this and no check here says why", "please report it")
+
+
+def cached_attention(
+    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: Any, scale: Any, rules: Rules, out: Any, lse: Any
+) -> NoReturn:
+    """The same for a cache, whose keys are seen as the array that they would be."""
+    call = "KVCache.attend" if rules.block_table is None else "paged_attention"
+    if rules.block_table is not None and rules.kv_lengths is not None:
+        check_lengths("kv_lengths", rules.kv_lengths, (len(rules.block_table),), "keys in its blocks",
+                      int(rules.cached_keys or 0), f"(block_table {rules.block_table.shape})", call)  # fmt: skip
+        check_blocks(call, rules.block_table, rules.kv_lengths, key)
+    key, value = cache_as_arrays(key, value, rules.block_table, int(rules.cached_keys or 0))
+    plain = rules._replace(cached_keys=None, block_table=None, key_scales=None, value_scales=None)
+    try:
+        attention(query, key, value, attn_mask, is_causal, True, scale, True, plain, out, lse)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace(f"{ATTENTION}()", f"{call}()", 1)) from None
+
+
+def cache_as_arrays(key: Array, value: Array, table: Array | None, seq_k: int) -> list[Array]:
+    """Arrays (B, Hkv, Sk, D) of the cache's shape and type, float32 for int8, with nothing in them."""
+    batch = key.shape[0] if table is None else len(table)
+    kinds = [array.dtype if array.dtype != np.int8 else np.dtype(np.float32) for array in (key, value)]
+    shapes_of = [(batch, array.shape[1], seq_k, array.shape[3]) for array in (key, value)]
+    return [np.broadcast_to(np.zeros((), kind), shape) for kind, shape in zip(kinds, shapes_of, strict=True)]
+
+
+def check_blocks(call: str, table: Array, lengths: Array, blocks: Array) -> None:
+    """Entries that a sequence's length makes use of name a block."""
+    rows = blocks.shape[2]
+    used = np.arange(table.shape[1]) * rows < lengths[:, None]
+    bad = np.argwhere(used & ((table < 0) | (table >= len(blocks))))
+    if len(bad):
+        b, j = bad[0]
+        wanted = f"a block from 0 to {len(blocks) - 1} was wanted, as sequence {b} has {lengths[b]} keys"
+        fix = f"give it {-(-int(lengths[b]) // rows)} blocks of {rows} rows"
+        fail(ValueError, call, f"block_table[{b}, {j}] is {table[b, j]}", wanted, fix)
 
 
 def check_array(call: str, name: str, array: Any) -> None:
@@ -209,22 +248,27 @@ def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) ->
             check_spread(name, positions, (*leading, seq), wanted, f"pass {seq} positions, or {(*leading, seq)}")
 
 
-def check_spread(name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str) -> None:
+def check_spread(
+    name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str, call: str = ATTENTION
+) -> None:
     """Broadcasts to the target without widening it."""
     if not fits(array.shape, target):
-        fail(ValueError, ATTENTION, f"{name} has shape {array.shape}", wanted, fix)
+        fail(ValueError, call, f"{name} has shape {array.shape}", wanted, fix)
 
 
-def check_lengths(name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str) -> None:
+def check_lengths(
+    name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str, call: str = ATTENTION
+) -> None:
     """One for each sequence, and none longer than the array."""
     wanted = f"one length for each sequence was wanted, broadcasting to {leading} {where}"
-    check_spread(name, lengths, leading, wanted, f"pass shape {leading}" if leading else "pass one int")
+    fix = f"pass shape {leading}" if leading else "pass one int"
+    check_spread(name, lengths, leading, wanted, fix, call)
     bad = np.argwhere((lengths < 0) | (lengths > most))
     if len(bad):
         at = f"[{', '.join(map(str, bad[0]))}]" if lengths.ndim else ""
         came = f"{name}{at} is {lengths[tuple(bad[0])]}"
         wanted = f"from 0 to the number of {rows}, {most}, was wanted {where}"
-        fail(ValueError, ATTENTION, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
+        fail(ValueError, call, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
 
 
 def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENTION, name: str = "query") -> None:
@@ -241,6 +285,19 @@ def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENT
 
 
 # ---- the other calls of _core ----
+
+
+def cache_append(
+    keys: Any, values: Any, key_scales: Any, value_scales: Any, table: Any, key: Any, value: Any, lengths: Any,
+    counts: Any,
+) -> None:  # fmt: skip
+    """cache.py and paged.py check all but the dtypes before they call."""
+    for name, array in (("key", key), ("value", value)):
+        check_array("append", name, array)
+        check_dtype(name, array, "append")
+    came = f"key is {brief(key)}, value {brief(value)}, for a cache of {brief(keys)} and {brief(values)}"
+    state = f"scales {brief(key_scales)}, {brief(value_scales)}, table {brief(table)}, {lengths=}, {counts=}"
+    fail(ValueError, "append", f"{came}; {state}", "C refuses this and no check here says why", "please report it")
 
 
 def pool_heads(weight: Any, out: Any, axis: Any, num_heads: Any, members: Any, weights: Any) -> None:

@@ -94,7 +94,7 @@ def scaled_dot_product_attention(
         weights = _room_for_weights(query, key, value) if wanted else None
         rules = with_dropout(rules or NO_RULES, dropout_p, rng)._replace(weights=weights)
     problem = (query, key, value, attn_mask, is_causal, lower_right, scale, enable_gqa, rules)
-    result = _core.attention(*problem, None, return_lse) if out is None else _attend_into(out, problem, return_lse)
+    result = _core.attention(*problem, None, return_lse) if out is None else attend_into(out, problem, return_lse)
     if weights is None:
         return result
     return (*result, weights) if return_lse else (result, weights)
@@ -109,13 +109,13 @@ def _room_for_weights(query: Array, key: Array, value: Array) -> Array | None:
     return np.zeros(shape, np.float64 if query.dtype.itemsize == 8 else np.float32)
 
 
-def _attend_into(out: Array, problem: Problem, return_lse: bool) -> Any:
+def attend_into(out: Array, problem: Problem, return_lse: bool, call: str = ATTENTION) -> Any:
     """The call with ``out``, which comes back itself, whatever subclass of ndarray it is.
 
     C reads its inputs while it writes, so only query may lie in the very same place.  Rules are copies.
     """
     query, key, value, mask = problem[:4]
-    target = _arguments.as_out(out)
+    target = _arguments.as_out(out, call)
     others = [array for array in (key, value, mask) if array is not None]
     if not _arguments.same_place(target, query):
         others.append(query)
@@ -123,7 +123,7 @@ def _attend_into(out: Array, problem: Problem, return_lse: bool) -> Any:
     result = _core.attention(*problem, None if clash else target, return_lse)
     if clash:
         fresh = result[0] if return_lse else result
-        _explain.check_out(target, fresh.shape, query)
+        _explain.check_out(target, fresh.shape, query, call)
         target[...] = fresh
     return (out, result[1]) if return_lse else out
 
