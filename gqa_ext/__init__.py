@@ -18,8 +18,8 @@ from .cache import KVCache  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .module import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention  # noqa: E402
 from .packed import varlen_attention  # noqa: E402
-from .rope import RotaryEmbedding  # noqa: E402
 from .paged import PagedKVCache, paged_attention  # noqa: E402
+from .rope import RotaryEmbedding  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -28,8 +28,8 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "MultiQueryAttention",
-    "RotaryEmbedding",
     "PagedKVCache",
+    "RotaryEmbedding",
     "convert",
     "cpu_info",
     "get_alibi_slopes",

@@ -151,10 +151,19 @@ def as_head_mask(call: str, thing: Any, num_heads: int, dtype: np.dtype[Any]) ->
 # ---- repr ----
 
 
-def constructor_call(name: str, sizes: tuple[int, ...], options: dict[str, tuple[Any, Any]]) -> str:
-    """The call that builds such a layer; ``options`` are each setting and its default, which is left out."""
-    given = [f"{option}={setting!r}" for option, (setting, default) in options.items() if setting != default]
-    return f"{name}({', '.join([*map(repr, sizes), *given])})"
+def constructor_call(layer: Any, sizes: tuple[int, ...]) -> str:
+    """The call that builds such a layer, without what is as by default; ``sizes`` are its positional arguments."""
+    head_dim = layer.embed_dim // layer.num_heads if layer.embed_dim % layer.num_heads == 0 else None
+    defaults = {
+        "head_dim": head_dim, "v_head_dim": layer.head_dim, "kv_embed_dim": layer.embed_dim, "bias": False,
+        "out_bias": layer.bias, "dropout": 0.0, "scale": None, "rope": None, "qk_norm": None, "window": None,
+        "softcap": None, "alibi_slopes": None, "sinks": None, "dtype": "float32",
+    }  # fmt: skip
+    settings = {name: getattr(layer, name) for name in defaults}
+    settings |= {"alibi_slopes": numbers(layer.alibi_slopes), "sinks": numbers(layer.sinks)}
+    settings["dtype"] = layer.dtype.name
+    given = [f"{name}={setting!r}" for name, setting in settings.items() if setting != defaults[name]]
+    return f"{type(layer).__name__}({', '.join([*map(repr, sizes), *given])})"
 
 
 def numbers(array: Array | None) -> list[Any] | None:

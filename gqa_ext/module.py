@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale, refuse_later
+from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale
 from ._layer_arguments import (
     as_eps,
     as_head_dim,
@@ -17,18 +17,18 @@ from ._layer_arguments import (
     as_inputs,
     as_layer_dtype,
     as_layer_slopes,
-    as_position_ids,
     as_rng,
     as_rope,
     constructor_call,
-    numbers,
 )
+from ._layer_cache import append_and_attend, as_cache, check_batch, place
 from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
 from ._projections import Projections, RMSNorm
 from ._rules import as_sinks, as_softcap, as_window
 from .attention import scaled_dot_product_attention
+from .cache import KVCache
 from .convert.methods import pool_heads
 from .rope import RotaryEmbedding
 
@@ -74,7 +74,7 @@ class GroupedQueryAttention(Projections):
         The eps of an RMSNorm over each head of queries and of keys, before `rope` (Qwen 3). Their weights are the
         parameters ``q_norm.weight`` and ``k_norm.weight``, each (head_dim,) and 1 at first.
     dtype : {'float32', 'float64'}
-        Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet.
+        Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet, but for what a cache keeps.
     rng : int or numpy.random.Generator, optional
         Seeds dropout and the initial weights: uniform in +-sqrt(6 / (in + out)) for each projection (Glorot and
         Bengio, 2010, what torch.nn.MultiheadAttention does), drawn in the order q, k, v, o; biases are 0.
@@ -95,7 +95,7 @@ class GroupedQueryAttention(Projections):
     TypeError
         An argument of another kind or dtype.
     NotImplementedError
-        A keyword that a later version will take.
+        float16 or bfloat16 as `dtype`.
 
     Notes
     -----
@@ -175,7 +175,7 @@ class GroupedQueryAttention(Projections):
         is_causal: bool = False,
         kv_lengths: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
-        cache: Any = None,
+        cache: KVCache | None = None,
         head_mask: ArrayLike | None = None,
         need_weights: bool = False,
     ) -> Any:
@@ -195,12 +195,17 @@ class GroupedQueryAttention(Projections):
         is_causal : bool
             Row i sees keys 0 to i.
         kv_lengths : array_like of int, (B,) or one int, optional
-            How many keys of each sequence are there, from the first; what lies behind them is never seen.
+            How many keys of each sequence are there, from the first; what lies behind them is never seen. With a
+            cache: how many of the new ones; the rest is not appended, and rows of `query` behind are padding.
         position_ids : array_like of int (N,) or (B, N), optional
-            Where the rows of `query` stand, for `rope` alone: masks and other rules count rows. Default 0 to N - 1.
-            Where keys come from `query` too they stand there as well; those of another sequence at 0 to Nk - 1.
-        cache
-            Not implemented yet; only None is taken.
+            Where the rows of `query` stand, for `rope` alone: masks and other rules count rows. Default: 0 to N - 1,
+            or with a cache the places behind its keys. Keys that come from `query` too stand there as well; those
+            of another sequence at 0 to Nk - 1.
+        cache : KVCache, optional
+            Gets the keys and values of this call behind those that it has, and `query` attends to all of them; its
+            last row belongs to the last key, and `attn_mask` and weights count all keys. A frozen one gets none:
+            the query attends to what is there, for cross-attention. A call that raises takes its keys back, unless
+            they have overwritten others in the ring of a window.
         head_mask : array_like (num_heads,), optional
             Multiplies the weights of each head: 0 switches a head off.
         need_weights : bool
@@ -215,36 +220,63 @@ class GroupedQueryAttention(Projections):
         Raises
         ------
         ValueError
-            A shape that does not fit.
+            A shape that does not fit, a cache without room, or keys beside a frozen one.
         TypeError
             Another dtype than the layer's: nothing is rounded in silence.
-        NotImplementedError
-            A keyword that a later version will take.
+
+        Examples
+        --------
+        A prompt of 10 tokens, and one token more:
+
+        >>> import numpy as np
+        >>> from gqa_ext import GroupedQueryAttention, KVCache, RotaryEmbedding
+        >>> layer = GroupedQueryAttention(128, 8, 2, rope=RotaryEmbedding(16), rng=0)
+        >>> cache = KVCache(1, 2, 16, capacity=100, dtype="float16")
+        >>> layer(np.ones((1, 10, 128), np.float32), is_causal=True, cache=cache).shape
+        (1, 10, 128)
+        >>> layer(np.ones((1, 1, 128), np.float32), cache=cache).shape
+        (1, 1, 128)
         """
         call = f"{type(self).__name__}.__call__"
-        refuse_later(call, cache=cache)
-        same = key is None or key is query
-        query, key, value = as_inputs(call, query, key, value, (self.embed_dim, self.kv_embed_dim), self.dtype)
-        mask = None if attn_mask is None else as_mask(attn_mask)
+        if cache is not None:
+            sizes = (self.num_kv_heads, self.head_dim, self.v_head_dim)
+            cache = as_cache(call, cache, sizes, self.dtype, value if key is None else key)
+        frozen, own = cache is not None and cache.frozen, key is None or key is query
+        widths = (self.embed_dim, self.embed_dim if frozen else self.kv_embed_dim)
+        query, key, value = as_inputs(call, query, key, value, widths, self.dtype)
+        single = cache is not None and query.ndim == 2
+        if single:
+            query, key, value = query[None], key[None], value[None]
+        if cache is not None:
+            check_batch(call, cache, query)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
-        causal, weighed = as_flag(call, "is_causal", is_causal), as_flag(call, "need_weights", need_weights)
-        rules = self._rules() | {"is_causal": causal, "kv_lengths": kv_lengths, "return_weights": weighed}
+        leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
+        weighed = as_flag(call, "need_weights", need_weights)
+        rules = self._rules() | {"is_causal": as_flag(call, "is_causal", is_causal), "return_weights": weighed}
+        rules |= {"attn_mask": None if attn_mask is None else as_mask(attn_mask), "out": attended.swapaxes(-2, -3)}
         if self.training:
             rules |= {"dropout_p": self.dropout, "rng": self.rng}
 
-        positions = None if position_ids is None else as_position_ids(call, position_ids, query, self.rope)
-        q = self._heads(self.q_proj(query), self.num_heads, self.q_norm, positions)
-        k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, positions if same else None)
-        v = _split(self.v_proj(value), self.num_kv_heads)
-        leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
-        result = scaled_dot_product_attention(q, k, v, mask, out=attended.swapaxes(-2, -3), **rules)
+        at_query, at_key = place(call, position_ids, query, key, own, self.rope, cache)
+        q = self._heads(self.q_proj(query), self.num_heads, self.q_norm, at_query)
+        if cache is not None and frozen:
+            result = cache.attend(q, **rules | ({} if kv_lengths is None else {"kv_lengths": kv_lengths}))
+        else:
+            k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, at_key)
+            v = _split(self.v_proj(value), self.num_kv_heads)
+            if cache is None:
+                result = scaled_dot_product_attention(q, k, v, kv_lengths=kv_lengths, **rules)
+            else:
+                result = append_and_attend(cache, q, k, v, kv_lengths, own, rules)
         if heads is not None:
             attended *= heads[:, None]
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
+        out = out[0] if single else out
         if not weighed:
             return out
-        return out, result[1] if heads is None else result[1] * heads[:, None, None]
+        weights = result[1] if heads is None else result[1] * heads[:, None, None]
+        return out, weights[0] if single else weights
 
     def _heads(self, x: Array, num_heads: int, norm: RMSNorm | None, positions: Array | None) -> Array:
         """Queries or keys as attention takes them, (..., num_heads, N, head_dim)."""
@@ -315,24 +347,7 @@ class GroupedQueryAttention(Projections):
         return self.embed_dim, self.num_heads, self.num_kv_heads
 
     def __repr__(self) -> str:
-        head_dim = self.embed_dim // self.num_heads if self.embed_dim % self.num_heads == 0 else None
-        options = {
-            "head_dim": (self.head_dim, head_dim),
-            "v_head_dim": (self.v_head_dim, self.head_dim),
-            "kv_embed_dim": (self.kv_embed_dim, self.embed_dim),
-            "bias": (self.bias, False),
-            "out_bias": (self.out_bias, self.bias),
-            "dropout": (self.dropout, 0.0),
-            "scale": (self.scale, None),
-            "rope": (self.rope, None),
-            "qk_norm": (self.qk_norm, None),
-            "window": (self.window, None),
-            "softcap": (self.softcap, None),
-            "alibi_slopes": (numbers(self.alibi_slopes), None),
-            "sinks": (numbers(self.sinks), None),
-            "dtype": (self.dtype.name, "float32"),
-        }
-        return constructor_call(type(self).__name__, self._sizes(), options)
+        return constructor_call(self, self._sizes())
 
 
 def _split(x: Array, num_heads: int) -> Array:

@@ -352,7 +352,7 @@ CALLS = [
     (TypeError, r"is_causal is ", {"is_causal": 1}),
     (TypeError, r"need_weights is ", {"need_weights": "yes"}),
     (ValueError, r"position_ids is given; a layer with rope", {"position_ids": np.arange(5)}),
-    (NotImplementedError, r"cache is not implemented yet", {"cache": object()}),
+    (TypeError, r"cache is an object; a gqa_ext.KVCache .*KVCache\(batch, 2, 4", {"cache": object()}),
 ]
 
 
