@@ -32,11 +32,17 @@ def as_cache(call: str, cache: Any, sizes: tuple[int, int, int], dtype: np.dtype
     return cache
 
 
-def check_batch(call: str, cache: KVCache, query: Array) -> None:
-    """As many sequences here as there."""
+def check_fit(call: str, cache: KVCache, query: Array) -> None:
+    """As many sequences here as there, and rows that find the keys of their window when all are appended."""
     if len(query) != cache.batch:
         came = f"query has a batch of {len(query)} and cache of {cache.batch}"
         fail(ValueError, call, came, "the same was wanted", f"pass KVCache({len(query)}, ...)")
+    rows, most = query.shape[1], cache.capacity - (cache.window or 0) + 1
+    overwrites = not cache.frozen and cache.lengths.max(initial=0) + rows > cache.capacity
+    if cache.window is not None and rows > most >= 1 and overwrites:
+        came = f"query has {rows} rows and cache a window of {cache.window} in a capacity of {cache.capacity}"
+        fix = "pass shorter chunks, or make the cache with a larger capacity"
+        fail(ValueError, call, came, f"at most {most} at once were wanted", fix)
 
 
 def place(

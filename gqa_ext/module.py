@@ -21,7 +21,7 @@ from ._layer_arguments import (
     as_rope,
     constructor_call,
 )
-from ._layer_cache import append_and_attend, as_cache, check_batch, place
+from ._layer_cache import append_and_attend, as_cache, check_fit, place
 from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
@@ -248,7 +248,7 @@ class GroupedQueryAttention(Projections):
         if single:
             query, key, value = query[None], key[None], value[None]
         if cache is not None:
-            check_batch(call, cache, query)
+            check_fit(call, cache, query)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
         leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
