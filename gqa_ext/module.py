@@ -21,13 +21,12 @@ from ._layer_arguments import (
     as_rope,
     constructor_call,
 )
-from ._layer_cache import append_and_attend, as_cache, check_fit, place
+from ._layer_cache import as_cache, attend, check_fit, place
 from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
 from ._projections import Projections, RMSNorm
 from ._rules import as_sinks, as_softcap, as_window
-from .attention import scaled_dot_product_attention
 from .cache import KVCache
 from .convert.methods import pool_heads
 from .rope import RotaryEmbedding
@@ -240,35 +239,37 @@ class GroupedQueryAttention(Projections):
         call = f"{type(self).__name__}.__call__"
         if cache is not None:
             sizes = (self.num_kv_heads, self.head_dim, self.v_head_dim)
-            cache = as_cache(call, cache, sizes, self.dtype, value if key is None else key)
-        frozen, own = cache is not None and cache.frozen, key is None or key is query
-        widths = (self.embed_dim, self.embed_dim if frozen else self.kv_embed_dim)
+            cache = as_cache(call, cache, sizes, self.dtype, key=key, value=value, kv_lengths=kv_lengths)
+        own = key is None or key is query
+        takes_keys = cache is None or not cache.frozen
+        widths = (self.embed_dim, self.kv_embed_dim if takes_keys else self.embed_dim)
         query, key, value = as_inputs(call, query, key, value, widths, self.dtype)
         single = cache is not None and query.ndim == 2
         if single:
             query, key, value = query[None], key[None], value[None]
         if cache is not None:
-            check_fit(call, cache, query)
+            check_fit(call, cache, query, key)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
-        leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
         weighed = as_flag(call, "need_weights", need_weights)
-        rules = self._rules() | {"is_causal": as_flag(call, "is_causal", is_causal), "return_weights": weighed}
-        rules |= {"attn_mask": None if attn_mask is None else as_mask(attn_mask), "out": attended.swapaxes(-2, -3)}
+        rules = {name: rule for name, rule in self._rules().items() if rule is not None}
+        rules["is_causal"] = as_flag(call, "is_causal", is_causal)
+        if attn_mask is not None:
+            rules["attn_mask"] = as_mask(attn_mask)
+        if weighed:
+            rules["return_weights"] = True
         if self.training:
             rules |= {"dropout_p": self.dropout, "rng": self.rng}
+        if query.shape[-2] > 1:  # heads side by side, as o_proj wants them
+            leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+            shape = (*leading, query.shape[-2], self.num_heads, self.v_head_dim)
+            rules["out"] = np.empty(shape, self.dtype).swapaxes(-2, -3)
 
         at_query, at_key = place(call, position_ids, query, key, own, self.rope, cache)
         q = self._heads(self.q_proj(query), self.num_heads, self.q_norm, at_query)
-        if cache is not None and frozen:
-            result = cache.attend(q, **rules | ({} if kv_lengths is None else {"kv_lengths": kv_lengths}))
-        else:
-            k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, at_key)
-            v = _split(self.v_proj(value), self.num_kv_heads)
-            if cache is None:
-                result = scaled_dot_product_attention(q, k, v, kv_lengths=kv_lengths, **rules)
-            else:
-                result = append_and_attend(cache, q, k, v, kv_lengths, own, rules)
+        k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, at_key) if takes_keys else None
+        v = _split(self.v_proj(value), self.num_kv_heads) if takes_keys else None
+        result = attend(cache, q, k, v, kv_lengths, own, rules)
+        attended = (result[0] if weighed else result).swapaxes(-2, -3)
         if heads is not None:
             attended *= heads[:, None]
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
