@@ -10,6 +10,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
+extern const struct gqa_kernels gqa_avx512_bf16_f32;
 extern const struct gqa_kernels gqa_avx512_f32, gqa_avx512_f64, gqa_avx2_f32, gqa_avx2_f64;
 
 /* F16C, which clang 14's __builtin_cpu_supports does not know; it works in AVX registers. */
@@ -24,6 +25,11 @@ static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_
 static bool has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+static bool has_avx512_bf16(void) {
+    unsigned eax, ebx, ecx, edx; /* clang 14's __builtin_cpu_supports does not know it either */
+    return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & 1u << 5;
 }
 #endif
 
@@ -41,6 +47,7 @@ static const struct isa {
     const struct gqa_kernels *f32, *f64;
 } isas[] = {
 #if defined(__x86_64__)
+    {"avx512_bf16", has_avx512_bf16, &gqa_avx512_bf16_f32, &gqa_avx512_f64},
     {"avx512", has_avx512, &gqa_avx512_f32, &gqa_avx512_f64},
     {"avx2", has_avx2, &gqa_avx2_f32, &gqa_avx2_f64},
 #endif

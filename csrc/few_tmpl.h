@@ -3,20 +3,9 @@
  * Decoding reads every key and value once and is bound by that, so here a row is widened in registers, on its
  * way from memory to the product; the many-rows form spends so long on each tile that it takes reals only.
  * Included by kernels_tmpl.h; the table's dot, outer_few and outer_few_careful. */
+/* clang-format off */
 
 /* ---- outer_few: rows of values, weighted ---- */
-
-/* c += the sums of one block: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0. */
-BLOCK void few_block(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
-                     const int vectors, const int rest, const real *b, ptrdiff_t b_n, const int columns, int count,
-                     ptrdiff_t ahead) {
-    vec sum[COLUMNS][MOST_VECTORS];
-    add_up(sum, a, a_step, dtype, vectors, rest, b, b_n, 1, columns, count, ahead);
-    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) {
-        real *to = c + n * c_stride + v * LANES;
-        vstore(to, vadd(vload(to), sum[n][v]));
-    }
-}
 
 /* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
  * whole before the next, which is how memory streams. */
@@ -24,13 +13,13 @@ BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
                       int lanes, const real *b, ptrdiff_t b_n, const int widest, const int columns, int count,
                       ptrdiff_t ahead) {
     int lane = 0;
-    UNROLL for (int vectors = widest; vectors > 0; vectors /= 2) for (; lanes - lane >= vectors * LANES;
-                                                                      lane += vectors * LANES)
-        few_block(c + lane, c_stride, a + lane * size_of(dtype), a_step, dtype, vectors, 0, b, b_n, columns, count,
-                  ahead);
+    UNROLL for (int vectors = widest; vectors > 0; vectors /= 2)
+        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
+            outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, vectors, 0, b, b_n,
+                        1, columns, count, ahead);
     if (lane < lanes)
-        few_block(c + lane, c_stride, a + lane * size_of(dtype), a_step, dtype, 1, lanes - lane, b, b_n, columns, count,
-                  0);
+        outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, 1, lanes - lane, b, b_n,
+                    1, columns, count, 0);
 }
 
 BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
@@ -38,9 +27,9 @@ BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_s
     if (dtype != OWN)
         for (; n >= 2 * FEW_COLUMNS; n -= 2 * FEW_COLUMNS, c += 2 * FEW_COLUMNS * c_stride, b += 2 * FEW_COLUMNS * b_n)
             few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS / 2, 2 * FEW_COLUMNS, count, ahead);
-    UNROLL for (int columns = FEW_COLUMNS; columns > 0;
-                columns /= 2) for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
-        few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, ahead);
+    UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
+        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
+            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, ahead);
 }
 
 BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
@@ -94,41 +83,51 @@ static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *a, ptrdif
 
 /* ---- dot: keys as they lie ---- */
 
-enum { DOT_KEYS = 4 };
+enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
 
-/* One key after the other, so that memory is read in one ascending stream: the prefetchers follow
- * that and nothing else (four keys side by side: a third of the read speed). */
+/* `side` keys at a time.  1: memory is read in one ascending stream, which the prefetchers follow (four keys of
+ * floats side by side: a third of the read speed).  4: a vector of q is loaded once for four products; narrow keys
+ * lie close enough for that, and are bound by loads (float16, 4 rows: 13.3 ns a key from memory, not 15.5). */
 BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const char *const k[DOT_KEYS],
                      const enum gqa_dtype dtype, int head_dim, const int side, ptrdiff_t ahead) {
     vec sum[DOT_ROWS][DOT_KEYS];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
-    UNROLL for (int pair = 0; pair < DOT_KEYS; pair += side) for (int t = 0; t < head_dim; t += LANES) {
-        vec x[DOT_KEYS];
-        UNROLL for (int j = 0; j < side; j++) {
-            x[j] = row_some(k[pair + j], t, head_dim, dtype);
-            if (rows > 2) fetch_ahead(k[pair + j] + t * size_of(dtype), ahead);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
+    UNROLL for (int first = 0; first < DOT_KEYS; first += side)
+        for (int t = 0; t < head_dim; t += LANES) {
+            vec x[DOT_KEYS];
+            UNROLL for (int j = 0; j < side; j++) {
+                x[j] = row_some(k[first + j], t, head_dim, dtype);
+                if (rows > 2) fetch_ahead(k[first + j] + t * size_of(dtype), ahead);
+            }
+            UNROLL for (int r = 0; r < rows; r++) {
+                const vec y = vload(q + r * q_stride + t);
+                UNROLL for (int j = 0; j < side; j++) sum[r][first + j] = vfma(x[j], y, sum[r][first + j]);
+            }
         }
-        UNROLL for (int r = 0; r < rows; r++) {
-            const vec y = vload(q + r * q_stride + t);
-            UNROLL for (int j = 0; j < side; j++) sum[r][pair + j] = vfma(x[j], y, sum[r][pair + j]);
-        }
-    }
     UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+
+/* The keys from j on; past the last key the last again, for scores that nobody reads. */
+BLOCK void nearest_keys(const char *k[DOT_KEYS], const char *first, ptrdiff_t step, int j, int keys) {
+    for (int i = 0; i < DOT_KEYS; i++) k[i] = first + (j + i < keys ? j + i : keys - 1) * step;
 }
 
 BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, const char *first, ptrdiff_t step,
                     const enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
     for (int j = 0; j < keys; j += DOT_KEYS) {
-        const char *k[DOT_KEYS]; /* past the last key: the last again, into scores nobody reads */
-        for (int i = 0; i < DOT_KEYS; i++) k[i] = first + (j + i < keys ? j + i : keys - 1) * step;
+        const char *k[DOT_KEYS];
+        nearest_keys(k, first, step, j, keys);
         real *s = s_ + j;
         const real *q = q_;
         int left = rows;
-        UNROLL for (int block = DOT_ROWS; block > 0;
-                    block /= 2) for (; left >= block; left -= block, s += block * GQA_KEY_TILE,
-                                                      q += block * q_stride) if (dtype != OWN && block > 2)
-            dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, ahead);
-        else dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, ahead);
+        UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
+            for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride) {
+                if (dtype != OWN && block > 2)
+                    dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, ahead);
+                else
+                    dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, ahead);
+            }
     }
 }
 

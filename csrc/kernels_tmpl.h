@@ -5,7 +5,8 @@
  * A lane's result never depends on its neighbours or on how many there are, and
  * sums over keys run in key order, tile by tile: that is what makes results the
  * same bits however rows and tiles are grouped. */
-/* clang-format off: UNROLL stands before its loop. */
+/* UNROLL stands before its loop, which clang-format does not understand. */
+/* clang-format off */
 #include "kernels.h"
 
 #include <math.h>
@@ -35,56 +36,56 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 
 enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
 
-/* sum[n][v] = sum over t of row t of a, v vectors of it or only `rest` lanes when rest > 0, times b[n, t].
- * ahead: how many bytes on to fetch, 0 = nothing. */
-BLOCK void add_up(vec sum[COLUMNS][MOST_VECTORS], const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
-                  const int vectors, const int rest, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, const int columns,
-                  int count, ptrdiff_t ahead) {
-    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
-    for (ptrdiff_t t = 0; t < count; t++, a += a_step) {
+/* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.  `adds` (to c) goes
+ * without scale.  ahead: how many bytes on to fetch, 0 = nothing.  The sums are this function's own: handed to
+ * another one, though inlined, gcc 12 keeps them in memory (30 % slower). */
+BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const bool adds, const char *a, ptrdiff_t a_step,
+                       const enum gqa_dtype dtype, const int vectors, const int rest, const real *b, ptrdiff_t b_n,
+                       ptrdiff_t b_t, const int columns, int count, ptrdiff_t ahead) {
+    vec sum[COLUMNS][MOST_VECTORS];
+    UNROLL for (int n = 0; n < columns; n++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
+    for (ptrdiff_t t = 0; t < count; t++) {
         vec x[MOST_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
-            x[v] = rest ? row_rest(a, 0, rest, dtype) : row_vec(a, v * LANES, dtype);
-            if (ahead) fetch_ahead(a + v * LANES * size_of(dtype), ahead);
+            x[v] = rest ? row_rest(a + t * a_step, 0, rest, dtype) : row_vec(a + t * a_step, v * LANES, dtype);
+            if (ahead) fetch_ahead(a + t * a_step + v * LANES * size_of(dtype), ahead);
         }
         UNROLL for (int n = 0; n < columns; n++) {
             const vec y = vset(b[n * b_n + t * b_t]);
             UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
         }
     }
-}
-
-/* One block of c: `columns` rows of `vectors` vectors. */
-BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
-                       const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, const int columns, int count) {
-    vec sum[COLUMNS][MOST_VECTORS];
-    add_up(sum, (const char *)a, a_stride * (ptrdiff_t)sizeof(real), OWN, vectors, 0, b, b_n, b_t, columns, count, 0);
-    UNROLL for (int n = 0; n < columns; n++) UNROLL for (int v = 0; v < vectors; v++) {
-        real *to = c + n * c_stride + v * LANES;
-        vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
-    }
+    UNROLL for (int n = 0; n < columns; n++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            real *to = c + n * c_stride + v * LANES;
+            if (adds)
+                vstore(to, vadd(vload(to), sum[n][v]));
+            else
+                vstore(to, scale ? vfma(vload(to), vload(scale + v * LANES), sum[n][v]) : sum[n][v]);
+        }
 }
 
 /* All n rows of c for one strip of lanes; whichever of b's strides is 1 becomes a constant. */
-BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const real *a, ptrdiff_t a_stride,
+BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const char *a, ptrdiff_t a_step,
                        const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
-    UNROLL for (int columns = COLUMNS; columns > 0;
-                columns /= 2) for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
-        if (b_t == 1)
-            outer_block(c, c_stride, scale, a, a_stride, vectors, b, b_n, 1, columns, count);
-        else
-            outer_block(c, c_stride, scale, a, a_stride, vectors, b, 1, b_t, columns, count);
-    }
+    UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
+        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
+            if (b_t == 1)
+                outer_block(c, c_stride, scale, false, a, a_step, OWN, vectors, 0, b, b_n, 1, columns, count, 0);
+            else
+                outer_block(c, c_stride, scale, false, a, a_step, OWN, vectors, 0, b, 1, b_t, columns, count, 0);
+        }
 }
 
 static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
                   const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
     int lane = 0;
     const real *unit = scale;
-    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--) for (; lanes - lane >= vectors * LANES;
-                                                                        lane += vectors * LANES)
-        outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const real *)a + lane, a_stride, vectors, b,
-                    b_n, b_t, n, count);
+    UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--)
+        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
+            outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const char *)((const real *)a + lane),
+                        a_stride * (ptrdiff_t)sizeof(real), vectors, b, b_n, b_t, n, count);
 }
 
 /* The same sum of one vector, or of only `rest` lanes, without what has a factor 0. */
@@ -113,6 +114,9 @@ static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, cons
 }
 
 #include "few_tmpl.h"
+#ifdef PAIRS
+#include "pairs_tmpl.h"
+#endif
 
 /* ---- soften: scores to weights ---- */
 
@@ -314,6 +318,10 @@ const struct gqa_kernels KERNELS = {
     .outer_few = outer_few,
     .outer_few_careful = outer_few_careful,
     .dot = dot,
+#ifdef PAIRS
+    .outer_pairs = outer_pairs,
+    .dot_pairs = dot_pairs,
+#endif
     .soften_lanes = soften_lanes,
     .soften_rows = soften_rows,
     .tilt = tilt,

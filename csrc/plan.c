@@ -129,6 +129,12 @@ static void unpack(struct gqa_plan *plan, const struct gqa_attention *problem) {
     }
 }
 
+/* The types and head_dim alone decide: the same bits however the arrays lie. */
+static bool goes_by_pairs(const struct gqa_plan *plan) {
+    return plan->kernels->outer_pairs && plan->query.dtype == GQA_BFLOAT16 && plan->key.dtype == GQA_BFLOAT16 &&
+           plan->head_dim % 2 == 0;
+}
+
 static void take_rules(struct gqa_plan *plan, const struct gqa_attention *problem) {
     plan->scale = problem->has_scale ? problem->scale : 1 / sqrt((double)plan->head_dim);
     plan->softcap = problem->softcap;
@@ -138,6 +144,7 @@ static void take_rules(struct gqa_plan *plan, const struct gqa_attention *proble
     plan->left = problem->left == GQA_OPEN ? GQA_FAR : problem->left;
     plan->right = problem->right == GQA_OPEN ? GQA_FAR : problem->right;
     if (problem->causal) plan->right = 0;
+    plan->paired = goes_by_pairs(plan);
     plan->biased = plan->mask.data || plan->slopes.data || plan->key_positions.data;
 }
 

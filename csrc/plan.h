@@ -54,6 +54,7 @@ struct gqa_plan {
     int64_t left, right; /* the window around p_i, causal taken in; GQA_FAR where open */
     double dropout_p;
     uint64_t seed;
+    bool paired; /* bfloat16 queries and keys are multiplied as they are: see outer_pairs in kernels.h */
     bool biased; /* the bias tile is in use: a mask, slopes or key positions */
 
     struct gqa_form lanes, few;

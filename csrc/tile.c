@@ -71,6 +71,17 @@ static char *query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit
     return work->query + tile * padded * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
 }
 
+/* A row of bfloat16 queries, unscaled: a lane of pairs, or a row as it is. */
+static void pack_pairs(const struct gqa_plan *plan, const struct gqa_form *form, char *tile, int64_t lane,
+                       const char *row) {
+    const int64_t padded = gqa_round_up(plan->head_dim, 2 * plan->kernels->lanes), pair = 2 * sizeof(uint16_t);
+    if (form->few)
+        memcpy(tile + lane * padded * 2, row, (size_t)plan->head_dim * sizeof(uint16_t));
+    else
+        for (int64_t t = 0; t < plan->head_dim / 2; t++)
+            memcpy(tile + (t * form->tile_rows + lane) * pair, row + t * pair, (size_t)pair);
+}
+
 /* Row r of the unit goes into a lane of its tile, or lies as a zero-padded row when rows are few. */
 static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
     const struct gqa_kernels *kernels = plan->kernels;
@@ -84,6 +95,10 @@ static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit,
         const struct gqa_rows from =
             gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
         char *tile = query_tile(plan, unit, work, r / form->tile_rows);
+        if (plan->paired) {
+            pack_pairs(plan, form, tile, lane, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data);
+            continue;
+        }
         kernels->spread(tile + lane * (form->few ? padded : 1) * real, form->few ? 1 : form->tile_rows, from.data,
                         (int)plan->head_dim, plan->scale);
     }
@@ -123,9 +138,14 @@ struct step {
 
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
-    keys->key =
-        gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, keys->end - keys->first, plan->head_dim,
-                      work->key);
+    const int64_t count = keys->end - keys->first;
+    const struct gqa_run run = gqa_view_run(plan, &plan->key, unit, keys->first, count);
+    if (plan->paired && run.count == count)
+        keys->key = gqa_stream_keys(plan, &plan->key, unit, keys->first, keys->end, plan->head_dim, work->key).rows;
+    else
+        keys->key = gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, count, plan->head_dim,
+                                  work->key);
+    if (plan->paired) keys->key = gqa_narrow_rows(plan, keys->key, count, plan->head_dim, work->key);
 }
 
 static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
@@ -202,7 +222,8 @@ static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit,
 /* The step's first row among rows of a key tile. */
 static const char *from_first(const struct gqa_plan *plan, const struct step *step, const struct key_tile *keys,
                               const struct gqa_rows *rows) {
-    return rows->data + (step->first - keys->first) * rows->stride * (int64_t)plan->kernels->real_size;
+    const size_t size = rows->dtype == GQA_BFLOAT16 ? sizeof(uint16_t) : plan->kernels->real_size;
+    return rows->data + (step->first - keys->first) * rows->stride * (int64_t)size;
 }
 
 /* Scores or weights times the scales of int8 rows.  A weight of 0 stays so: the scale of a masked slot may be NaN. */
@@ -220,28 +241,45 @@ static void scale_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
     }
 }
 
+static void score_piece(const struct gqa_plan *plan, const struct gqa_work *work, const struct step *step,
+                        int64_t first, const struct gqa_piece *piece) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    char *scores = step->scores + (first - step->first) * (int64_t)kernels->real_size;
+    const struct gqa_rows *key = &piece->rows;
+    const int keys = (int)(piece->end - first), head_dim = (int)plan->head_dim;
+    if (plan->paired) {
+        const struct gqa_rows narrow = gqa_narrow_rows(plan, *key, keys, head_dim, work->key);
+        kernels->dot_pairs(scores, plan->scale, work->query, (ptrdiff_t)gqa_round_up(head_dim, 2 * kernels->lanes),
+                           step->rows, narrow.data, narrow.stride, keys, head_dim, piece->ahead);
+    } else {
+        kernels->dot(scores, work->query, (ptrdiff_t)gqa_round_up(head_dim, kernels->lanes), step->rows, key->data,
+                     key->stride, key->dtype, keys, head_dim, piece->ahead);
+    }
+}
+
 static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       const struct step *step) {
-    const struct gqa_kernels *kernels = plan->kernels;
     struct gqa_piece piece;
     for (int64_t first = step->first; first < step->end; first = piece.end) {
         piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, plan->head_dim, work->key);
-        kernels->dot(step->scores + (first - step->first) * (int64_t)kernels->real_size, work->query,
-                     (ptrdiff_t)gqa_round_up(plan->head_dim, kernels->lanes), step->rows, piece.rows.data,
-                     piece.rows.stride, piece.rows.dtype, (int)(piece.end - first), (int)plan->head_dim, piece.ahead);
+        score_piece(plan, work, step, first, &piece);
     }
     if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
 }
 
 static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
                   const struct step *step, const struct key_tile *keys) {
-    const int row_tile = plan->kernels->row_tile;
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int row_tile = kernels->row_tile, count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
+    const char *query = query_tile(plan, unit, work, tile), *key = from_first(plan, step, keys, &keys->key);
     if (unit->form->few)
         score_few(plan, unit, work, step);
+    else if (plan->paired)
+        kernels->outer_pairs(step->scores, row_tile, plan->scale, query, row_tile, lanes_of(plan, step), key,
+                             keys->key.stride, count, head_dim / 2);
     else
-        plan->kernels->outer(step->scores, row_tile, NULL, query_tile(plan, unit, work, tile), row_tile,
-                             lanes_of(plan, step), from_first(plan, step, keys, &keys->key), keys->key.stride, 1,
-                             (int)(step->end - step->first), (int)plan->head_dim);
+        kernels->outer(step->scores, row_tile, NULL, query, row_tile, lanes_of(plan, step), key, keys->key.stride, 1,
+                       count, head_dim);
 }
 
 /* Scores to weights, for rows whose maxima and sums so far are m and l. */

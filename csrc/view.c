@@ -96,6 +96,13 @@ struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_o
     return piece;
 }
 
+struct gqa_rows gqa_narrow_rows(const struct gqa_plan *plan, struct gqa_rows rows, int64_t count, int64_t width,
+                                void *scratch) {
+    if (rows.dtype == GQA_BFLOAT16) return rows;
+    plan->kernels->store(scratch, 2, GQA_BFLOAT16, false, scratch, 1, (int)(count * width)); /* writes behind reads */
+    return (struct gqa_rows){scratch, (ptrdiff_t)width, GQA_BFLOAT16};
+}
+
 void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
                      int64_t first, int64_t count, float *to) {
     struct gqa_run run;

@@ -45,6 +45,10 @@ struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_o
                                  const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
                                  void *scratch);
 
+/* Rows of bfloat16, whatever lies there: rows that were loaded to scratch become bfloat16 again, there. */
+struct gqa_rows gqa_narrow_rows(const struct gqa_plan *plan, struct gqa_rows rows, int64_t count, int64_t width,
+                                void *scratch);
+
 /* The scales of int8 keys `first` to `first + count`. */
 void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scales, const struct gqa_unit *unit,
                      int64_t first, int64_t count, float *to);

@@ -293,11 +293,12 @@ def cache_append(
 ) -> None:  # fmt: skip
     """cache.py and paged.py check all but the dtypes before they call."""
     for name, array in (("key", key), ("value", value)):
-        check_array("append", name, array)
-        check_dtype(name, array, "append")
+        check_array("KVCache.append", name, array)
+        check_dtype(name, array, "KVCache.append")
     came = f"key is {brief(key)}, value {brief(value)}, for a cache of {brief(keys)} and {brief(values)}"
     state = f"scales {brief(key_scales)}, {brief(value_scales)}, table {brief(table)}, {lengths=}, {counts=}"
-    fail(ValueError, "append", f"{came}; {state}", "C refuses this and no check here says why", "please report it")
+    wanted = "C refuses this and no check here says why"
+    fail(ValueError, "KVCache.append", f"{came}; {state}", wanted, "please report it")
 
 
 def pool_heads(weight: Any, out: Any, axis: Any, num_heads: Any, members: Any, weights: Any) -> None:
