@@ -15,8 +15,8 @@
 
 enum {
     BLOCK = 16,              /* rows whose cosines and sines stay in L1 */
-    SHARERS = 256,           /* making these cosines and sines is a few per cent of the work then */
-    TASK_ELEMENTS = 1 << 14, /* turned by one task: some 10 us */
+    SHARERS = 256,           /* then making these is a few per cent of the work */
+    TASK_ELEMENTS = 1 << 14, /* turned by one task, in some 10 us */
 };
 
 /* Dimensions of x walked as one index, and where a step in each leads; strides in bytes. */
@@ -29,8 +29,9 @@ struct walk {
 };
 
 struct place {
-    const char *x, *positions;
+    const char *x;
     char *out;
+    int64_t positions; /* bytes from the first one */
 };
 
 struct turning {
@@ -114,10 +115,11 @@ static struct place step(const struct walk *walk, struct place at, int64_t index
     return at;
 }
 
-/* The position of a row of a sequence whose first row has its position at `first`. */
-static int64_t position_of(const struct turning *t, const char *first, int64_t row) {
+/* Of a row of the sequence whose first position lies at this place. */
+static int64_t position_of(const struct turning *t, const struct place *sequence, int64_t row) {
+    const char *positions = t->problem->positions.data;
     int64_t position = row;
-    if (t->problem->positions.data) memcpy(&position, first + row * t->position_stride, sizeof position);
+    if (positions) memcpy(&position, positions + sequence->positions + row * t->position_stride, sizeof position);
     return position;
 }
 
@@ -126,10 +128,10 @@ static void turn_unit(const struct turning *t, int64_t unit, const struct buffer
     const int64_t pairs = t->problem->pairs, length = x->shape[x->ndim - 2];
     const int64_t begin = unit % t->blocks * BLOCK, first_sharer = unit / t->blocks % t->parts * SHARERS;
     const int64_t rows = length - begin < BLOCK ? length - begin : BLOCK;
-    const struct place origin = {x->data, t->problem->positions.data, out->data};
+    const struct place origin = {x->data, out->data, 0};
     const struct place own = step(&t->own, origin, unit / t->blocks / t->parts);
     for (int64_t row = 0; row < rows; row++)
-        find_angles(t->problem, position_of(t, own.positions, begin + row), b->cosines + row * pairs,
+        find_angles(t->problem, position_of(t, &own, begin + row), b->cosines + row * pairs,
                     b->sines + row * pairs);
     for (int64_t i = first_sharer; i < first_sharer + SHARERS && i < t->shared.count; i++) {
         const struct place first = step(&t->shared, own, i);

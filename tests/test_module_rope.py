@@ -13,7 +13,7 @@ import reference
 from numpy.typing import NDArray
 
 import gqa_ext
-from gqa_ext import GroupedQueryAttention, MultiHeadAttention, RotaryEmbedding
+from gqa_ext import GroupedQueryAttention, KVCache, MultiHeadAttention, RotaryEmbedding
 
 Array = NDArray[Any]
 SIZES = (48, 6, 2)  # embed_dim, num_heads, num_kv_heads
@@ -89,7 +89,13 @@ def test_hugging_face(name: str, settings: dict[str, Any], positions: Array | No
     assert set(layer.state_dict()) == set(state)
     x = inputs(2, 9, SIZES[0])
     out = layer(x, is_causal=True, position_ids=positions)
-    np.testing.assert_allclose(out, run(attention, embedding, x, positions), rtol=1e-4, atol=2e-5)
+    wanted = run(attention, embedding, x, positions)
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=2e-5)
+    cache = KVCache(2, SIZES[2], HEAD_DIM, capacity=9)
+    ids = np.arange(9) if positions is None else positions
+    for begin, end in ((0, 4), (4, 5), (5, 9)):
+        out = layer(x[:, begin:end], is_causal=True, cache=cache, position_ids=ids[..., begin:end])
+        np.testing.assert_allclose(out, wanted[:, begin:end], rtol=1e-4, atol=2e-5)
 
 
 # ---- against the oracle ----
