@@ -157,15 +157,6 @@ def as_dropout(call: str, name: str, thing: Any) -> float:
     return probability
 
 
-def refuse_later(call: str, **keywords: Any) -> None:
-    """Keywords that the contract has and this version does not: any that is switched on raises and is named."""
-    for name, setting in keywords.items():
-        if setting is not None:
-            came = setting if isinstance(setting, (int, float, tuple, str)) else kind(setting)
-            wanted = f"{name} is not implemented yet"
-            fail(NotImplementedError, call, f"{name} is {came}", wanted, f"pass {name}=None")
-
-
 def share_heads(query: Array, key: Array, value: Array) -> list[Array]:
     """enable_gqa=False, as in torch: heads broadcast like any dimension, so 1 goes with any number.
 
