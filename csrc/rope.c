@@ -131,8 +131,7 @@ static void turn_unit(const struct turning *t, int64_t unit, const struct buffer
     const struct place origin = {x->data, out->data, 0};
     const struct place own = step(&t->own, origin, unit / t->blocks / t->parts);
     for (int64_t row = 0; row < rows; row++)
-        find_angles(t->problem, position_of(t, &own, begin + row), b->cosines + row * pairs,
-                    b->sines + row * pairs);
+        find_angles(t->problem, position_of(t, &own, begin + row), b->cosines + row * pairs, b->sines + row * pairs);
     for (int64_t i = first_sharer; i < first_sharer + SHARERS && i < t->shared.count; i++) {
         const struct place first = step(&t->shared, own, i);
         for (int64_t row = 0; row < rows; row++) {

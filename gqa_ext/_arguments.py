@@ -229,6 +229,13 @@ def same_place(a: Array, b: Array) -> bool:
     )
 
 
+def clashes(out: Array, same: Array, *others: Array | None) -> bool:
+    """Whether ``out`` lies on an input of C, which reads while it writes; ``same`` alone may lie in the same place."""
+    return (overlap(out, same) and not same_place(out, same)) or any(
+        overlap(out, array) for array in others if array is not None
+    )
+
+
 def as_out(thing: Any, call: str = ATTENTION) -> Array:
     """``out`` as an exact ndarray over the same memory, fit to be written."""
     wanted = "an ndarray of the result's shape and dtype was wanted"

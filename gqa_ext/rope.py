@@ -12,7 +12,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arguments import as_array, as_flag, as_int, as_out, overlap, same_place
+from ._arguments import as_array, as_flag, as_int, as_out, clashes
 from ._explain import check_out
 from ._messages import ROPE, Array, fail
 from ._rope_scaling import CALL, Frequencies, frequencies, read_settings
@@ -141,8 +141,7 @@ class RotaryEmbedding:
         if out is None:
             return _core.rope(x, positions, table, scale, self.interleaved, None)
         target = as_out(out, ROPE)
-        others = [array for array in (None if same_place(target, x) else x, positions) if array is not None]
-        clash = any(overlap(target, array) for array in others)
+        clash = clashes(target, x, positions)
         fresh = _core.rope(x, positions, table, scale, self.interleaved, None if clash else target)
         if clash:
             check_out(target, fresh.shape, x, ROPE, "x")

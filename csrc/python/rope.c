@@ -10,8 +10,7 @@ static bool to_rope(const struct state *state, PyObject *const *args, struct gqa
     const void *frequencies;
     if (!to_table(args[FREQUENCIES], NPY_DOUBLE, &rows, &problem->pairs, &frequencies) || rows != 1) return false;
     problem->frequencies = frequencies;
-    return to_array(state, args[X], &problem->x) &&
-           to_optional_array(state, args[POSITIONS], &problem->positions) &&
+    return to_array(state, args[X], &problem->x) && to_optional_array(state, args[POSITIONS], &problem->positions) &&
            to_optional_double(args[SCALE], &problem->scale, &has_scale) && has_scale &&
            to_bool(args[INTERLEAVED], &problem->interleaved);
 }
