@@ -30,6 +30,7 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->query = take(&cursor, unit_rows * head_dim * real);
     work->scores = take(&cursor, gqa_max(GQA_KEY_TILE * tile_rows, GQA_SPAN * plan->few.tile_rows) * real);
     work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
+    work->mask_row = take(&cursor, plan->mask.data ? GQA_KEY_TILE * real : 0);
     work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
