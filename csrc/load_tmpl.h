@@ -37,7 +37,7 @@ BLOCK vec row_vec(const char *row, ptrdiff_t t, const enum gqa_dtype dtype) {
 
 /* Kept out of the loops that rarely need it: inlined, it halves their speed. */
 static __attribute__((noinline)) vec narrow_rest(const char *from, int bytes, enum gqa_dtype dtype) {
-    char part[2 * LANES] = {0};
+    char part[sizeof(real) * LANES] = {0}; /* more than narrow types need: room for any load */
     for (int i = 0; i < bytes && i < (int)sizeof part; i++) part[i] = from[i];
     return row_vec(part, 0, dtype);
 }
