@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "merge.h"
+#include "tile.h"
 
 /* Multiply-adds below which waking another thread costs more than it gains. */
 static const double SMALL_CALL = 1 << 20;

@@ -15,16 +15,20 @@ static struct strides strides_of(const struct gqa_unit *unit) {
     return unit->form->few ? (struct strides){GQA_KEY_TILE, 1} : (struct strides){1, (ptrdiff_t)unit->form->tile_rows};
 }
 
+/* A mask row is read once for all heads that share it, and then put where its scores lie. */
 static void add_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first_row,
                      int rows, int64_t first_key, int keys) {
+    const struct gqa_kernels *kernels = plan->kernels;
     const struct gqa_operand *mask = &plan->mask;
     const struct strides strides = strides_of(unit);
     const char *at = gqa_operand_at(plan, mask, unit->sequence, unit->kv_head * plan->group);
     for (int r = 0; r < rows; r++) {
         const int64_t row = first_row + r, query = row / plan->group, head = row % plan->group;
         const char *from = at + head * mask->head + query * mask->row + first_key * mask->column;
-        plan->kernels->load(work->bias + r * strides.row * (int64_t)plan->kernels->real_size, strides.key, from,
-                            mask->column, mask->dtype, mask->swapped, keys);
+        if (r == 0 || head == 0 || mask->head != 0)
+            kernels->load(work->mask_row, 1, from, mask->column, mask->dtype, mask->swapped, keys);
+        kernels->spread(work->bias + r * strides.row * (int64_t)kernels->real_size, strides.key, work->mask_row, keys,
+                        1);
     }
 }
 

@@ -3,7 +3,7 @@
 #ifndef GQA_BIAS_H
 #define GQA_BIAS_H
 
-#include "tile.h"
+#include "work.h"
 
 /* Fills work->bias for rows first_row.. of the unit's kv head and keys first_key..: the mask, then
  * ALiBi, then explicit key positions. */

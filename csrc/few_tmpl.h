@@ -95,7 +95,7 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
             vec x[DOT_KEYS];
             UNROLL for (int j = 0; j < side; j++) {
                 x[j] = row_some(k[first + j], t, head_dim, dtype);
-                if (rows > 2) fetch_ahead(k[first + j] + t * size_of(dtype), ahead);
+                if (dtype != OWN || rows > 2) fetch_ahead(k[first + j] + t * size_of(dtype), ahead);
             }
             UNROLL for (int r = 0; r < rows; r++) {
                 const vec y = vload(q + r * q_stride + t);

@@ -60,13 +60,13 @@ struct gqa_kernels {
 
     /* The same products of bfloat16 queries and keys of an even head_dim, times scale; NULL where the CPU has no
      * instruction for pairs of them, in which a subnormal counts as 0.  c is written only. */
-    void (*outer_pairs)(void *c,                                          /* (n, lanes), row stride c_stride */
-                        ptrdiff_t c_stride, double scale, const void *a,  /* (count, lanes) pairs, stride a_stride */
-                        ptrdiff_t a_stride, int lanes, const void *b,     /* (n, 2 * count), row stride b_stride */
+    void (*outer_pairs)(void *c,                                         /* (n, lanes), row stride c_stride */
+                        ptrdiff_t c_stride, double scale, const void *a, /* (count, lanes) pairs, stride a_stride */
+                        ptrdiff_t a_stride, int lanes, const void *b,    /* (n, 2 * count), row stride b_stride */
                         ptrdiff_t b_stride, int n, int count);
-    void (*dot_pairs)(void *s,                                            /* (rows, keys), row stride GQA_KEY_TILE */
-                      double scale, const void *q,                        /* (rows, head_dim), zero-padded */
-                      ptrdiff_t q_stride, int rows, const void *k,        /* (keys, head_dim), row stride k_stride */
+    void (*dot_pairs)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
+                      double scale, const void *q,                 /* (rows, head_dim), zero-padded */
+                      ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim), row stride k_stride */
                       ptrdiff_t k_stride, int keys, int head_dim, ptrdiff_t ahead);
 
     /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each

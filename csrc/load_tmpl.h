@@ -37,7 +37,7 @@ BLOCK vec row_vec(const char *row, ptrdiff_t t, const enum gqa_dtype dtype) {
 
 /* Kept out of the loops that rarely need it: inlined, it halves their speed. */
 static __attribute__((noinline)) vec narrow_rest(const char *from, int bytes, enum gqa_dtype dtype) {
-    char part[2 * LANES] = {0};
+    char part[sizeof(real) * LANES] = {0}; /* more than narrow types need: room for any load */
     for (int i = 0; i < bytes && i < (int)sizeof part; i++) part[i] = from[i];
     return row_vec(part, 0, dtype);
 }
@@ -92,6 +92,11 @@ BLOCK void load_as(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t st
     for (int i = 0; i < n; i++) to[i * to_stride] = real_at(from + i * step, dtype, swapped);
 }
 
+/* Bools side by side: a choice between two constants, which compilers make of vectors. */
+static void load_bools(real *to, const char *from, int n) {
+    for (int i = 0; i < n; i++) to[i] = from[i] ? 0 : -INFINITY;
+}
+
 BLOCK vec widened(const void *halves, const enum gqa_dtype dtype) {
     return dtype == GQA_FLOAT16 ? vload_float16(halves) : vload_bfloat16(halves);
 }
@@ -124,7 +129,12 @@ BLOCK void load_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_
 static void load(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
                  int n) {
     switch (dtype) {
-    case GQA_BOOL: load_as(to, to_stride, from, step, GQA_BOOL, false, n); break;
+    case GQA_BOOL:
+        if (to_stride == 1 && step == 1)
+            load_bools(to, from, n);
+        else
+            load_as(to, to_stride, from, step, GQA_BOOL, false, n);
+        break;
     case GQA_INT8: load_as(to, to_stride, from, step, GQA_INT8, false, n); break;
     case GQA_FLOAT16: load_halves(to, to_stride, from, step, GQA_FLOAT16, swapped, n); break;
     case GQA_BFLOAT16: load_halves(to, to_stride, from, step, GQA_BFLOAT16, swapped, n); break;

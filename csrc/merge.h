@@ -6,7 +6,7 @@
 #ifndef GQA_MERGE_H
 #define GQA_MERGE_H
 
-#include "tile.h"
+#include "work.h"
 
 /* A binary counter of parts: place i holds the part of 2^i spans, as a set bit does. */
 struct gqa_fold {

@@ -51,7 +51,7 @@ BLOCK void dot_pairs_block(real *s, const uint16_t *q, ptrdiff_t q_stride, const
         UNROLL for (int j = 0; j < DOT_KEYS; j++) {
             const char *at = k[j] + 2 * t;
             x[j] = head_dim - t < 2 * LANES ? vload_pairs_n(at, (head_dim - t) / 2) : vload_pairs(at);
-            if (rows > 2) fetch_ahead(at, ahead);
+            fetch_ahead(at, ahead);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             const pairs y = vload_pairs(q + r * q_stride + t);

@@ -1,35 +1,10 @@
-/* tile.h: a thread's workspace, and the walk of one unit over its keys.
+/* tile.h: the walk of one unit over its keys.
  * Used by attention.c; parts of units are joined by merge.c. */
 #ifndef GQA_TILE_H
 #define GQA_TILE_H
 
-#include "plan.h"
 #include "pool.h"
-#include "view.h"
-
-/* Scratch of one thread.  Every buffer begins at a multiple of 64 bytes and holds reals unless it says otherwise. */
-struct gqa_work {
-    char *query;              /* unit_tiles x (head_dim, row_tile), or (rows, head_dim padded) when few; scaled */
-    char *scores;             /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
-    char *bias;               /* one tile's shape */
-    char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
-    char *row;                /* one row of anything */
-    char *lo, *hi, *alpha;    /* (stats,) */
-    char *final_m, *final_l;  /* (stats,) copies, when weights are wanted */
-    char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first row's */
-    char *key_at;             /* (GQA_KEY_TILE,) the same of keys */
-    char *ones;               /* (stats,), all 1 */
-    int64_t *row_lo, *row_hi; /* (unit_tiles * tile_rows,) live keys of each row of the unit */
-    char **parts;             /* levels buffers of part_bytes; see merge.h */
-    int levels;
-};
-
-/* Lays a workspace out over `scratch`; with NULL only measures.  Returns the bytes it takes. */
-size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *scratch);
-
-/* Packs the unit's queries and finds its rows' bounds; returns the range of keys live for any row. */
-void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,
-                    int64_t *hi);
+#include "work.h"
 
 /* The part of keys first <= j < end (within one span): outputs not yet divided, maxima and sums. */
 void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,

@@ -19,6 +19,7 @@ from .merge import merge_attention  # noqa: E402
 from .module import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention  # noqa: E402
 from .packed import varlen_attention  # noqa: E402
 from .paged import PagedKVCache, paged_attention  # noqa: E402
+from .rope import RotaryEmbedding  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "MultiHeadAttention",
     "MultiQueryAttention",
     "PagedKVCache",
+    "RotaryEmbedding",
     "convert",
     "cpu_info",
     "get_alibi_slopes",

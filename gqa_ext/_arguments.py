@@ -157,15 +157,6 @@ def as_dropout(call: str, name: str, thing: Any) -> float:
     return probability
 
 
-def refuse_later(call: str, **keywords: Any) -> None:
-    """Keywords that the contract has and this version does not: any that is switched on raises and is named."""
-    for name, setting in keywords.items():
-        if setting is not None:
-            came = setting if isinstance(setting, (int, float, tuple, str)) else kind(setting)
-            wanted = f"{name} is not implemented yet"
-            fail(NotImplementedError, call, f"{name} is {came}", wanted, f"pass {name}=None")
-
-
 def share_heads(query: Array, key: Array, value: Array) -> list[Array]:
     """enable_gqa=False, as in torch: heads broadcast like any dimension, so 1 goes with any number.
 
@@ -235,6 +226,13 @@ def same_place(a: Array, b: Array) -> bool:
     """The same elements at the same addresses."""
     return a.__array_interface__["data"] == b.__array_interface__["data"] and (
         a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
+    )
+
+
+def clashes(out: Array, same: Array, *others: Array | None) -> bool:
+    """Whether ``out`` lies on an input of C, which reads while it writes; ``same`` alone may lie in the same place."""
+    return (overlap(out, same) and not same_place(out, same)) or any(
+        overlap(out, array) for array in others if array is not None
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import _core
-from ._messages import ANY_FLOAT, ATTENTION, FLOATS, Array, brief, count, fail, fits, heads, kind, native, shapes
+from ._messages import ANY_FLOAT, ATTENTION, FLOATS, ROPE, Array, brief, count, fail, fits, heads, kind, native, shapes
 from ._rules import Rules
 
 # ---- attention ----
@@ -107,7 +107,7 @@ def check_dtype(name: str, array: Array, call: str = ATTENTION) -> None:
     if dtype in FLOATS:
         return
     if dtype.kind == "c":
-        fix = f"attention of complex numbers is not defined; pass {name}.real or {name}.imag"
+        fix = f"it is not defined for complex numbers; pass {name}.real or {name}.imag"
     elif dtype.kind in "?biuf":
         fix = f"pass {name}.astype(np.float32)"
     else:
@@ -271,7 +271,7 @@ def check_lengths(
         fail(ValueError, call, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
 
 
-def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENTION) -> None:
+def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENTION, name: str = "query") -> None:
     """Exactly the result's shape and dtype, and writable."""
     dtype = native(query.dtype)
     fix = f"pass np.empty({shape}, np.{dtype})"
@@ -279,7 +279,7 @@ def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENT
     if out.shape != shape:
         fail(ValueError, call, f"out has shape {out.shape}", f"{shape} was wanted", fix)
     if native(out.dtype) != dtype:
-        fail(TypeError, call, f"out has dtype {out.dtype}", f"query's dtype {dtype} was wanted", fix)
+        fail(TypeError, call, f"out has dtype {out.dtype}", f"{name}'s dtype {dtype} was wanted", fix)
     if not out.flags.writeable:
         fail(ValueError, call, "out is read-only", "an array that can be written was wanted", fix)
 
@@ -309,6 +309,23 @@ def pool_heads(weight: Any, out: Any, axis: Any, num_heads: Any, members: Any, w
         f"int64 and weights float64 of the same shape or None, not {brief(members)} and {brief(weights)}"
     )
     fail(ValueError, "pool_heads", came, wanted, "call gqa_ext.convert.pool_heads")
+
+
+def rope(x: Any, positions: Any, frequencies: Any, scale: Any, interleaved: Any, out: Any) -> NoReturn:
+    """Raise what is wrong with the arguments of ``_core.rope``."""
+    check_array(ROPE, "x", x)
+    check_dtype("x", x, ROPE)
+    if positions is not None:
+        check_array(ROPE, "positions", positions)
+        length, batch = x.shape[-2], x.shape[:-3]
+        if positions.ndim == 0 or positions.shape[-1] != length or not fits(positions.shape, (*batch, length)):
+            wanted = f"({length},) or {(*batch, length)} was wanted: one for each row ({shapes(x=x)})"
+            fix = f"pass {length} positions" + (" for each sequence, or one row of them for all" if batch else "")
+            fail(ValueError, ROPE, f"positions has shape {positions.shape}", wanted, fix)
+    if out is not None:
+        check_out(out, x.shape, x, ROPE, "x")
+    came = f"x is {brief(x)}, positions {brief(positions)}, frequencies {brief(frequencies)} and out {brief(out)}"
+    fail(ValueError, ROPE, f"{came}; {scale=}, {interleaved=}", "C refuses this and no check here says why")
 
 
 def isa_use(name: Any) -> None:

@@ -3,13 +3,15 @@
 ``call`` is the name that messages begin with.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
-from ._arguments import as_array, as_dtype, as_int
-from ._messages import COMPUTED, HALVES, Array, fail, kind, native, shapes
-from ._rules import as_slopes
+from ._arguments import as_array, as_dtype, as_int, as_real
+from ._messages import COMPUTED, HALVES, Array, fail, fits, kind, native, shapes
+from ._rules import as_integers, as_slopes
+from .rope import RotaryEmbedding
 
 # ---- the constructor ----
 
@@ -43,6 +45,26 @@ def as_layer_dtype(call: str, dtype: Any) -> np.dtype[Any]:
     if number not in COMPUTED:
         fail(TypeError, call, f"dtype is {number}", wanted, fix)
     return number
+
+
+def as_rope(call: str, rope: Any, head_dim: int) -> RotaryEmbedding:
+    """One for heads of this size."""
+    fix = f"pass rope=RotaryEmbedding({head_dim})"
+    if not isinstance(rope, RotaryEmbedding):
+        fail(TypeError, call, f"rope is {kind(rope)}", "a gqa_ext.RotaryEmbedding was wanted", fix)
+    if rope.head_dim != head_dim:
+        came, wanted = f"rope has head_dim {rope.head_dim}", f"the layer's head_dim {head_dim} was wanted"
+        fail(ValueError, call, came, wanted, fix + ", with rotary_dim= if only some elements are turned")
+    return rope
+
+
+def as_eps(call: str, qk_norm: Any) -> float:
+    """What keeps a norm's division finite."""
+    fix = "pass the rms_norm_eps of the model's config.json, or None for heads without norm"
+    eps = as_real(call, "qk_norm", qk_norm, fix)
+    if not (math.isfinite(eps) and eps >= 0):
+        fail(ValueError, call, f"qk_norm is {eps}", "a finite eps of at least 0 was wanted", fix)
+    return eps
 
 
 def as_rng(call: str, rng: Any) -> np.random.Generator:
@@ -101,6 +123,20 @@ def _as_input(call: str, name: str, thing: Any, option: str, width: int, dtype: 
     return array
 
 
+def as_position_ids(call: str, thing: Any, query: Array, rope: RotaryEmbedding | None) -> Array:
+    """(N,) or (B, N) for a query (B, N, E)."""
+    if rope is None:
+        came, wanted = "position_ids is given", "a layer with rope was wanted, as nothing else reads them"
+        fail(ValueError, call, came, wanted, "leave them out, or build the layer with rope=RotaryEmbedding(head_dim)")
+    positions = as_integers(call, "position_ids", thing)
+    target = query.shape[:-1]
+    if positions.ndim == 0 or positions.shape[-1] != target[-1] or not fits(positions.shape, target):
+        wanted = f"({target[-1]},) or {target} was wanted: one for each row ({shapes(query=query)})"
+        fix = f"pass np.arange(n, n + {target[-1]}) where n tokens came before"
+        fail(ValueError, call, f"position_ids has shape {positions.shape}", wanted, fix)
+    return positions
+
+
 def as_head_mask(call: str, thing: Any, num_heads: int, dtype: np.dtype[Any]) -> Array:
     """(num_heads,) of the layer's dtype."""
     array = as_array(call, "head_mask", thing)
@@ -110,3 +146,28 @@ def as_head_mask(call: str, thing: Any, num_heads: int, dtype: np.dtype[Any]) ->
     if array.shape != (num_heads,):
         fail(ValueError, call, f"head_mask has shape {array.shape}", f"(num_heads,) = ({num_heads},) was wanted", fix)
     return array.astype(dtype)
+
+
+# ---- repr ----
+
+
+def constructor_call(layer: Any, sizes: tuple[int, ...]) -> str:
+    """The call that builds such a layer, without what is as by default; ``sizes`` are its positional arguments."""
+    head_dim = layer.embed_dim // layer.num_heads if layer.embed_dim % layer.num_heads == 0 else None
+    defaults = {
+        "head_dim": head_dim, "v_head_dim": layer.head_dim, "kv_embed_dim": layer.embed_dim, "bias": False,
+        "out_bias": layer.bias, "dropout": 0.0, "scale": None, "rope": None, "qk_norm": None, "window": None,
+        "softcap": None, "alibi_slopes": None, "sinks": None, "dtype": "float32",
+    }  # fmt: skip
+    settings = {name: getattr(layer, name) for name in defaults}
+    settings |= {"alibi_slopes": numbers(layer.alibi_slopes), "sinks": numbers(layer.sinks)}
+    settings["dtype"] = layer.dtype.name
+    given = [f"{name}={setting!r}" for name, setting in settings.items() if setting != defaults[name]]
+    return f"{type(layer).__name__}({', '.join([*map(repr, sizes), *given])})"
+
+
+def numbers(array: Array | None) -> list[Any] | None:
+    """The array as nested lists that are as short as its dtype allows."""
+    if array is None:
+        return None
+    return [float(str(item)) if item.ndim == 0 else numbers(item) for item in array]

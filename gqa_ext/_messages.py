@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 ATTENTION = "scaled_dot_product_attention"
+ROPE = "RotaryEmbedding.__call__"
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
 FLOATS = (*HALVES, *COMPUTED)

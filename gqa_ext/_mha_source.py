@@ -11,7 +11,7 @@ import numpy as np
 
 from ._arguments import as_int
 from ._messages import Array, fail, kind
-from ._state import PROJECTIONS, STACKED, State, as_state, listed, translate
+from ._state import NORMS, PROJECTIONS, STACKED, State, as_state, listed, translate
 
 CALL = "GroupedQueryAttention.from_mha"
 _TORCH_MHA = ("in_proj_weight", "out_proj", "bias_k", "bias_v", "add_zero_attn", "kdim", "vdim", "dropout")
@@ -30,6 +30,7 @@ class MhaSource(NamedTuple):
 def read_mha(source: Any, num_heads: int | None) -> MhaSource:
     """The source in numbers; ValueError for what a GroupedQueryAttention cannot express."""
     options: dict[str, Any] = {}
+    norms = NORMS if getattr(source, "qk_norm", None) is not None else ()  # a state dict does not say their eps
     if all(hasattr(source, name) for name in _TORCH_MHA):
         options = _torch_options(source)
     if not isinstance(source, Mapping) and hasattr(source, "state_dict"):
@@ -42,7 +43,7 @@ def read_mha(source: Any, num_heads: int | None) -> MhaSource:
         wanted = "a state dict does not say how many heads it has"
         fail(ValueError, CALL, "num_heads is None", wanted, "pass num_heads=")
     state = translate(as_state(CALL, source), None)
-    _check_names(state)
+    _check_names(state, norms)
     return _measure(state.arrays, as_int(CALL, "num_heads", num_heads, 1), options)
 
 
@@ -66,13 +67,14 @@ def _agreed_heads(asked: int | None, known: Any) -> int | None:
     return known if asked is None else asked
 
 
-def _check_names(state: State) -> None:
-    """All four weights, maybe biases and sinks, nothing else, and each once."""
-    weights = [f"{name}.weight" for name in PROJECTIONS]
+def _check_names(state: State, norms: tuple[str, ...]) -> None:
+    """All four weights and those of the norms, maybe biases and sinks, nothing else, and each once."""
+    weights = [f"{name}.weight" for name in (*PROJECTIONS, *norms)]
     missing = [name for name in weights if name not in state.arrays]
     known = {*weights, *(f"{name}.bias" for name in PROJECTIONS), "sinks"}
     unexpected = [state.given[name] for name in state.arrays if name not in known]
-    bad = [name for name, array in state.arrays.items() if name in known and array.ndim != 1 + name.endswith("weight")]
+    given = [(name, array.ndim) for name, array in state.arrays.items() if name in known]
+    bad = [name for name, ndim in given if ndim != 1 + name.endswith("proj.weight")]
     problems = {
         "lacks": missing,
         "has unexpected": unexpected,

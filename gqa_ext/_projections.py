@@ -1,4 +1,4 @@
-"""The four projections of an attention layer, and what torch.nn.Module does with weights.
+"""The projections and norms of an attention layer, and what torch.nn.Module does with weights.
 
 The matrix products are NumPy's, hence BLAS. _state.py knows the names that weights come under.
 Called by module.py.
@@ -12,7 +12,7 @@ import numpy as np
 
 from ._arguments import as_flag, as_str
 from ._messages import Array, fail
-from ._state import PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
+from ._state import NORMS, PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
 
 
 class Linear:
@@ -55,14 +55,50 @@ class Linear:
         return f"Linear({columns} -> {rows}, bias={self.bias is not None}, dtype={str(self.weight.dtype)!r})"
 
 
+class RMSNorm:
+    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension (arXiv:1910.07467), one weight for all heads.
+
+    Parameters
+    ----------
+    size : int
+    eps : float
+    dtype : float32 or float64
+
+    Attributes
+    ----------
+    weight : ndarray (size,)
+        Starts at 1.
+    eps : float
+    """
+
+    __slots__ = ("eps", "weight")
+
+    def __init__(self, size: int, eps: float, dtype: np.dtype[Any]) -> None:
+        self.weight: Array = np.ones(size, dtype)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """(..., size), of which each row is normed."""
+        squares: Array = np.einsum("...i,...i->...", x, x)[..., None]
+        normed: Array = x / np.sqrt(squares / len(self.weight) + self.eps) * self.weight
+        return normed
+
+    def __repr__(self) -> str:
+        return f"RMSNorm({len(self.weight)}, eps={self.eps}, dtype={str(self.weight.dtype)!r})"
+
+
 class Projections:
-    """q_proj, k_proj, v_proj and o_proj, each of shape (out, in), and sinks if wanted; starts in eval mode."""
+    """q_proj, k_proj, v_proj and o_proj, each of shape (out, in), and norms and sinks if wanted; starts in eval mode.
+
+    ``norm`` is None, or the size and eps of q_norm and k_norm.
+    """
 
     def __init__(
         self,
         *shapes: tuple[int, int],
         bias: bool,
         out_bias: bool,
+        norm: tuple[int, float] | None,
         sinks: Array | None,
         dtype: np.dtype[Any],
         rng: np.random.Generator,
@@ -71,16 +107,21 @@ class Projections:
             Linear(*shape, bias=has_bias, dtype=dtype, rng=rng)
             for shape, has_bias in zip(shapes, (bias, bias, bias, out_bias), strict=True)
         )
+        self.q_norm, self.k_norm = (None if norm is None else RMSNorm(*norm, dtype) for _ in NORMS)
         self.sinks = None if sinks is None else sinks.astype(dtype)
         self.training = False
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Name and array of each weight and bias, in the order q, k, v, o, sinks; the arrays are the layer's own."""
+        """Name and array of each weight and bias: q, k, v, o, q_norm, k_norm, sinks; the arrays are the layer's own."""
         for name in PROJECTIONS:
             projection: Linear = getattr(self, name)
             yield f"{name}.weight", projection.weight
             if projection.bias is not None:
                 yield f"{name}.bias", projection.bias
+        for name in NORMS:
+            norm: RMSNorm | None = getattr(self, name)
+            if norm is not None:
+                yield f"{name}.weight", norm.weight
         if self.sinks is not None:
             yield "sinks", self.sinks
 

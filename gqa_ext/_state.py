@@ -1,9 +1,9 @@
 """State dicts: every name an attention layer's weights go by, torch tensors, and what does not fit.
 
 A state dict maps names to arrays. Ours are ``q_proj.weight`` (out, in), ``q_proj.bias`` and so on for k, v and
-o. Taken as well: ``out_proj`` for ``o_proj``, and torch.nn.MultiheadAttention's ``in_proj_weight`` and
-``in_proj_bias`` (q, k and v stacked) or ``q_proj_weight``. torch is never imported; its tensors are known by
-their methods.
+o, and ``q_norm.weight`` and ``k_norm.weight`` (head_dim,) where heads are normed. Taken as well: ``out_proj`` for
+``o_proj``, and torch.nn.MultiheadAttention's ``in_proj_weight`` and ``in_proj_bias`` (q, k and v stacked) or
+``q_proj_weight``. torch is never imported; its tensors are known by their methods.
 
 Called by module.py and _mha_source.py.
 """
@@ -18,6 +18,7 @@ from ._messages import Array, fail, kind, native
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 STACKED = PROJECTIONS[:3]
+NORMS = ("q_norm", "k_norm")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 

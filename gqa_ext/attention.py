@@ -112,14 +112,11 @@ def _room_for_weights(query: Array, key: Array, value: Array) -> Array | None:
 def attend_into(out: Array, problem: Problem, return_lse: bool, call: str = ATTENTION) -> Any:
     """The call with ``out``, which comes back itself, whatever subclass of ndarray it is.
 
-    C reads its inputs while it writes, so only query may lie in the very same place.  Rules are copies.
+    Rules are copies, so they never lie in the same place.
     """
     query, key, value, mask = problem[:4]
     target = _arguments.as_out(out, call)
-    others = [array for array in (key, value, mask) if array is not None]
-    if not _arguments.same_place(target, query):
-        others.append(query)
-    clash = any(_arguments.overlap(target, array) for array in others)
+    clash = _arguments.clashes(target, query, key, value, mask)
     result = _core.attention(*problem, None if clash else target, return_lse)
     if clash:
         fresh = result[0] if return_lse else result

@@ -9,15 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale, refuse_later
-from ._layer_arguments import as_head_dim, as_head_mask, as_inputs, as_layer_dtype, as_layer_slopes, as_rng
+from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale
+from ._layer_arguments import (
+    as_eps,
+    as_head_dim,
+    as_head_mask,
+    as_inputs,
+    as_layer_dtype,
+    as_layer_slopes,
+    as_rng,
+    as_rope,
+    constructor_call,
+)
+from ._layer_cache import as_cache, attend, check_fit, place
 from ._messages import Array, fail
 from ._mha_source import CALL as FROM_MHA
 from ._mha_source import read_mha
-from ._projections import Projections
+from ._projections import Projections, RMSNorm
 from ._rules import as_sinks, as_softcap, as_window
-from .attention import scaled_dot_product_attention
+from .cache import KVCache
 from .convert.methods import pool_heads
+from .rope import RotaryEmbedding
 
 
 class GroupedQueryAttention(Projections):
@@ -55,10 +67,13 @@ class GroupedQueryAttention(Projections):
         For ALiBi; see :func:`gqa_ext.get_alibi_slopes`. No parameter: not in the state dict.
     sinks : array_like (num_heads,), optional
         First values of a parameter ``sinks``: one more logit for each row of a head, without a value (gpt-oss).
-    rope, qk_norm
-        Not implemented yet; only the defaults are taken.
+    rope : RotaryEmbedding, optional
+        Turns queries and keys by their positions, after `qk_norm`.
+    qk_norm : float, optional
+        The eps of an RMSNorm over each head of queries and of keys, before `rope` (Qwen 3). Their weights are the
+        parameters ``q_norm.weight`` and ``k_norm.weight``, each (head_dim,) and 1 at first.
     dtype : {'float32', 'float64'}
-        Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet.
+        Of weights, inputs and outputs. float16 and bfloat16 are not implemented yet, but for what a cache keeps.
     rng : int or numpy.random.Generator, optional
         Seeds dropout and the initial weights: uniform in +-sqrt(6 / (in + out)) for each projection (Glorot and
         Bengio, 2010, what torch.nn.MultiheadAttention does), drawn in the order q, k, v, o; biases are 0.
@@ -67,6 +82,8 @@ class GroupedQueryAttention(Projections):
     ----------
     q_proj, k_proj, v_proj, o_proj : Linear
         ``weight`` (out, in) and ``bias`` (out,) or None, as in torch.nn.Linear.
+    q_norm, k_norm : RMSNorm or None
+        ``weight`` (head_dim,).
     sinks : ndarray (num_heads,) or None
     training : bool
 
@@ -77,7 +94,7 @@ class GroupedQueryAttention(Projections):
     TypeError
         An argument of another kind or dtype.
     NotImplementedError
-        A keyword that a later version will take.
+        float16 or bfloat16 as `dtype`.
 
     Notes
     -----
@@ -111,7 +128,7 @@ class GroupedQueryAttention(Projections):
         out_bias: bool | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
-        rope: Any = None,
+        rope: RotaryEmbedding | None = None,
         qk_norm: float | None = None,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
@@ -121,7 +138,6 @@ class GroupedQueryAttention(Projections):
         rng: int | np.random.Generator | None = None,
     ) -> None:
         call = type(self).__name__
-        refuse_later(call, rope=rope, qk_norm=qk_norm)
         self.embed_dim = as_int(call, "embed_dim", embed_dim, 1)
         self.num_heads = as_int(call, "num_heads", num_heads, 1)
         self.num_kv_heads = as_kv_heads(call, num_kv_heads, self.num_heads)
@@ -133,6 +149,8 @@ class GroupedQueryAttention(Projections):
         self.dropout = as_dropout(call, "dropout", dropout)
         self.rng = as_rng(call, rng)
         self.scale = None if scale is None else as_scale(call, scale)
+        self.rope = None if rope is None else as_rope(call, rope, self.head_dim)
+        self.qk_norm = None if qk_norm is None else as_eps(call, qk_norm)
         self.window = None if window is None else as_window(call, window)
         self.softcap = None if softcap is None else as_softcap(call, softcap) or None
         self.alibi_slopes = None if alibi_slopes is None else as_layer_slopes(call, alibi_slopes, self.num_heads)
@@ -142,6 +160,7 @@ class GroupedQueryAttention(Projections):
         super().__init__(
             (q_dim, self.embed_dim), (k_dim, self.kv_embed_dim), (v_dim, self.kv_embed_dim), (self.embed_dim, o_dim),
             bias=self.bias, out_bias=self.out_bias, dtype=self.dtype, rng=self.rng,
+            norm=None if self.qk_norm is None else (self.head_dim, self.qk_norm),
             sinks=None if sinks is None else as_sinks(call, sinks, self.num_heads),
         )  # fmt: skip
 
@@ -155,7 +174,7 @@ class GroupedQueryAttention(Projections):
         is_causal: bool = False,
         kv_lengths: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
-        cache: Any = None,
+        cache: KVCache | None = None,
         head_mask: ArrayLike | None = None,
         need_weights: bool = False,
     ) -> Any:
@@ -175,9 +194,17 @@ class GroupedQueryAttention(Projections):
         is_causal : bool
             Row i sees keys 0 to i.
         kv_lengths : array_like of int, (B,) or one int, optional
-            How many keys of each sequence are there, from the first; what lies behind them is never seen.
-        position_ids, cache
-            Not implemented yet; only None is taken.
+            How many keys of each sequence are there, from the first; what lies behind them is never seen. With a
+            cache: how many of the new ones; the rest is not appended, and rows of `query` behind are padding.
+        position_ids : array_like of int (N,) or (B, N), optional
+            Where the rows of `query` stand, for `rope` alone: masks and other rules count rows. Default: 0 to N - 1,
+            or with a cache the places behind its keys. Keys that come from `query` too stand there as well; those
+            of another sequence at 0 to Nk - 1.
+        cache : KVCache, optional
+            Gets the keys and values of this call behind those that it has, and `query` attends to all of them; its
+            last row belongs to the last key, and `attn_mask` and weights count all keys. A frozen one gets none:
+            the query attends to what is there, for cross-attention. A call that raises takes its keys back, unless
+            they have overwritten others in the ring of a window.
         head_mask : array_like (num_heads,), optional
             Multiplies the weights of each head: 0 switches a head off.
         need_weights : bool
@@ -192,34 +219,72 @@ class GroupedQueryAttention(Projections):
         Raises
         ------
         ValueError
-            A shape that does not fit.
+            A shape that does not fit, a cache without room, or keys beside a frozen one.
         TypeError
             Another dtype than the layer's: nothing is rounded in silence.
-        NotImplementedError
-            A keyword that a later version will take.
+
+        Examples
+        --------
+        A prompt of 10 tokens, and one token more:
+
+        >>> import numpy as np
+        >>> from gqa_ext import GroupedQueryAttention, KVCache, RotaryEmbedding
+        >>> layer = GroupedQueryAttention(128, 8, 2, rope=RotaryEmbedding(16), rng=0)
+        >>> cache = KVCache(1, 2, 16, capacity=100, dtype="float16")
+        >>> layer(np.ones((1, 10, 128), np.float32), is_causal=True, cache=cache).shape
+        (1, 10, 128)
+        >>> layer(np.ones((1, 1, 128), np.float32), cache=cache).shape
+        (1, 1, 128)
         """
         call = f"{type(self).__name__}.__call__"
-        refuse_later(call, position_ids=position_ids, cache=cache)
-        query, key, value = as_inputs(call, query, key, value, (self.embed_dim, self.kv_embed_dim), self.dtype)
-        mask = None if attn_mask is None else as_mask(attn_mask)
+        if cache is not None:
+            sizes = (self.num_kv_heads, self.head_dim, self.v_head_dim)
+            cache = as_cache(call, cache, sizes, self.dtype, key=key, value=value, kv_lengths=kv_lengths)
+        own = key is None or key is query
+        takes_keys = cache is None or not cache.frozen
+        widths = (self.embed_dim, self.kv_embed_dim if takes_keys else self.embed_dim)
+        query, key, value = as_inputs(call, query, key, value, widths, self.dtype)
+        single = cache is not None and query.ndim == 2
+        if single:
+            query, key, value = query[None], key[None], value[None]
+        if cache is not None:
+            check_fit(call, cache, query, key)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
-        causal, weighed = as_flag(call, "is_causal", is_causal), as_flag(call, "need_weights", need_weights)
-        rules = self._rules() | {"is_causal": causal, "kv_lengths": kv_lengths, "return_weights": weighed}
+        weighed = as_flag(call, "need_weights", need_weights)
+        rules = {name: rule for name, rule in self._rules().items() if rule is not None}
+        rules["is_causal"] = as_flag(call, "is_causal", is_causal)
+        if attn_mask is not None:
+            rules["attn_mask"] = as_mask(attn_mask)
+        if weighed:
+            rules["return_weights"] = True
         if self.training:
             rules |= {"dropout_p": self.dropout, "rng": self.rng}
+        if query.shape[-2] > 1:  # heads side by side, as o_proj wants them
+            leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+            shape = (*leading, query.shape[-2], self.num_heads, self.v_head_dim)
+            rules["out"] = np.empty(shape, self.dtype).swapaxes(-2, -3)
 
-        q = _split(self.q_proj(query), self.num_heads)
-        k = _split(self.k_proj(key), self.num_kv_heads)
-        v = _split(self.v_proj(value), self.num_kv_heads)
-        leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        attended = np.empty((*leading, query.shape[-2], self.num_heads, self.v_head_dim), self.dtype)
-        result = scaled_dot_product_attention(q, k, v, mask, out=attended.swapaxes(-2, -3), **rules)
+        at_query, at_key = place(call, position_ids, query, key, own, self.rope, cache)
+        q = self._heads(self.q_proj(query), self.num_heads, self.q_norm, at_query)
+        k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, at_key) if takes_keys else None
+        v = _split(self.v_proj(value), self.num_kv_heads) if takes_keys else None
+        result = attend(cache, q, k, v, kv_lengths, own, rules)
+        attended = (result[0] if weighed else result).swapaxes(-2, -3)
         if heads is not None:
             attended *= heads[:, None]
         out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
+        out = out[0] if single else out
         if not weighed:
             return out
-        return out, result[1] if heads is None else result[1] * heads[:, None, None]
+        weights = result[1] if heads is None else result[1] * heads[:, None, None]
+        return out, weights[0] if single else weights
+
+    def _heads(self, x: Array, num_heads: int, norm: RMSNorm | None, positions: Array | None) -> Array:
+        """Queries or keys as attention takes them, (..., num_heads, N, head_dim)."""
+        heads = _split(x, num_heads)
+        if norm is not None:
+            heads = norm(heads)
+        return heads if self.rope is None else self.rope(heads, positions)
 
     def _rules(self) -> dict[str, Any]:
         """What the constructor says of scores, as keywords of scaled_dot_product_attention."""
@@ -268,13 +333,14 @@ class GroupedQueryAttention(Projections):
             came = f"num_kv_heads is {number} for a source with {mha.num_kv_heads} key/value heads"
             fail(ValueError, FROM_MHA, came, "a divisor of those was wanted", f"pass {mha.num_kv_heads} or a divisor")
         if isinstance(source, GroupedQueryAttention):
-            mha.options.update(source._rules(), dropout=source.dropout)
+            mha.options.update(source._rules(), dropout=source.dropout, rope=source.rope, qk_norm=source.qk_norm)
         layer = GroupedQueryAttention(mha.embed_dim, mha.num_heads, number, **mha.options)
         pooled = {
-            name: pool_heads(array, mha.num_kv_heads, number, method=method) if name[0] in "kv" else array
+            name: pool_heads(array, mha.num_kv_heads, number, method=method)
             for name, array in mha.state.items()
+            if name.startswith(("k_proj", "v_proj"))
         }
-        layer.load_state_dict(pooled)
+        layer.load_state_dict(mha.state | pooled)
         return layer
 
     def _sizes(self) -> tuple[int, ...]:
@@ -282,35 +348,12 @@ class GroupedQueryAttention(Projections):
         return self.embed_dim, self.num_heads, self.num_kv_heads
 
     def __repr__(self) -> str:
-        head_dim = self.embed_dim // self.num_heads if self.embed_dim % self.num_heads == 0 else None
-        options = {
-            "head_dim": (self.head_dim, head_dim),
-            "v_head_dim": (self.v_head_dim, self.head_dim),
-            "kv_embed_dim": (self.kv_embed_dim, self.embed_dim),
-            "bias": (self.bias, False),
-            "out_bias": (self.out_bias, self.bias),
-            "dropout": (self.dropout, 0.0),
-            "scale": (self.scale, None),
-            "window": (self.window, None),
-            "softcap": (self.softcap, None),
-            "alibi_slopes": (_numbers(self.alibi_slopes), None),
-            "sinks": (_numbers(self.sinks), None),
-            "dtype": (self.dtype.name, "float32"),
-        }
-        given = [f"{name}={setting!r}" for name, (setting, default) in options.items() if setting != default]
-        return f"{type(self).__name__}({', '.join([*map(repr, self._sizes()), *given])})"
+        return constructor_call(self, self._sizes())
 
 
 def _split(x: Array, num_heads: int) -> Array:
     """(..., N, H * D) as (..., H, N, D), a view."""
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).swapaxes(-2, -3)
-
-
-def _numbers(array: Array | None) -> list[Any] | None:
-    """The array as nested lists that are as short as its dtype allows, for repr."""
-    if array is None:
-        return None
-    return [float(str(item)) if item.ndim == 0 else _numbers(item) for item in array]
 
 
 class MultiHeadAttention(GroupedQueryAttention):

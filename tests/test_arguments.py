@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 import gqa_ext
-from gqa_ext import _runtime, attention, bias, kv_cache_nbytes, merge, repeat_kv, scaled_dot_product_attention, testing
+from gqa_ext import (
+    _runtime,
+    attention,
+    bias,
+    kv_cache_nbytes,
+    merge,
+    module,
+    repeat_kv,
+    rope,
+    scaled_dot_product_attention,
+    testing,
+)
 
 RNG = np.random.default_rng(5)
 QUERY = RNG.normal(size=(2, 8, 5, 16)).astype(np.float32)
@@ -272,7 +283,7 @@ def test_set_num_threads_is_read_back() -> None:
         gqa_ext.set_num_threads(before)
 
 
-MODULES = [gqa_ext, attention, bias, merge, testing, _runtime]
+MODULES = [gqa_ext, attention, bias, merge, module, rope, testing, _runtime]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -307,10 +307,10 @@ CONSTRUCTORS = [
     (ValueError, r"rng is ", (128, 8, 2), {"rng": -1}),
     (NotImplementedError, r"dtype is float16", (128, 8, 2), {"dtype": "float16"}),
     (NotImplementedError, r"dtype is bfloat16", (128, 8, 2), {"dtype": "bfloat16"}),
-    *(
-        (NotImplementedError, rf"{name} is .*; {name} is not implemented yet", (128, 8, 2), {name: setting})
-        for name, setting in [("rope", object()), ("qk_norm", 1e-6)]
-    ),
+    (TypeError, r"rope is True; a gqa_ext.RotaryEmbedding .*RotaryEmbedding\(16\)", (128, 8, 2), {"rope": True}),
+    (ValueError, r"rope has head_dim 8; .*head_dim 16", (128, 8, 2), {"rope": gqa_ext.RotaryEmbedding(8)}),
+    (TypeError, r"qk_norm is True; a real number", (128, 8, 2), {"qk_norm": True}),
+    (ValueError, r"qk_norm is -1.0; a finite eps", (128, 8, 2), {"qk_norm": -1}),
 ]  # fmt: skip
 
 
@@ -351,8 +351,8 @@ CALLS = [
     (TypeError, r"head_mask has dtype complex128", {"head_mask": np.ones(4, complex)}),
     (TypeError, r"is_causal is ", {"is_causal": 1}),
     (TypeError, r"need_weights is ", {"need_weights": "yes"}),
-    (NotImplementedError, r"position_ids is not implemented yet", {"position_ids": np.arange(5)}),
-    (NotImplementedError, r"cache is not implemented yet", {"cache": object()}),
+    (ValueError, r"position_ids is given; a layer with rope", {"position_ids": np.arange(5)}),
+    (TypeError, r"cache is an object; a gqa_ext.KVCache .*KVCache\(batch, 2, 4", {"cache": object()}),
 ]
 
 

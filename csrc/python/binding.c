@@ -111,8 +111,7 @@ bool to_table(PyObject *object, int type, int64_t *rows, int64_t *columns, const
 
 /* ---- results ---- */
 
-PyObject *new_array(const struct state *state, int ndim, const int64_t *shape, int type,
-                           struct gqa_array *array) {
+PyObject *new_array(const struct state *state, int ndim, const int64_t *shape, int type, struct gqa_array *array) {
     npy_intp dims[GQA_MAX_DIMS];
     for (int i = 0; i < ndim; i++) dims[i] = (npy_intp)shape[i];
     PyObject *result = PyArray_EMPTY(ndim, dims, type, 0);

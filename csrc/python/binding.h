@@ -63,5 +63,6 @@ enum gqa_status take_gil(struct released *gil, enum gqa_status status);
 PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 PyObject *cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 PyObject *pool_heads(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *rope(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 #endif

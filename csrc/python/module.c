@@ -67,6 +67,7 @@ static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, NULL},
     {"cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, NULL},
     {"pool_heads", (PyCFunction)(void (*)(void))pool_heads, METH_FASTCALL, NULL},
+    {"rope", (PyCFunction)(void (*)(void))rope, METH_FASTCALL, NULL},
     {"isa_available", isa_available, METH_NOARGS, NULL},
     {"isa_current", isa_current, METH_NOARGS, NULL},
     {"isa_use", isa_use, METH_O, NULL},

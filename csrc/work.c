@@ -1,0 +1,109 @@
+/* work.c: the workspace of a thread, and what a unit begins with: its queries, packed as kernels want them, and the
+ * keys that its rows may see.  Called by attention.c. */
+#include "work.h"
+
+#include <string.h>
+
+#include "view.h"
+
+/* ---- workspace ---- */
+
+static char *take(char **cursor, int64_t bytes) {
+    char *taken = *cursor;
+    *cursor += gqa_round_up(bytes, 64);
+    return taken;
+}
+
+/* Parts that can be alive at once: one for each bit of the number of spans, and one being made. */
+static int count_levels(const struct gqa_plan *plan) {
+    int levels = 2;
+    for (int64_t spans = gqa_ceil_div(plan->seq_k, GQA_SPAN); spans > 1; spans /= 2) levels++;
+    return levels;
+}
+
+size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *scratch) {
+    const int64_t real = (int64_t)plan->kernels->real_size, lanes = plan->kernels->lanes;
+    const int64_t head_dim = gqa_round_up(plan->head_dim, lanes), v_dim = gqa_round_up(plan->v_dim, lanes);
+    const int64_t tile_rows = gqa_round_up(plan->form->tile_rows, lanes), unit_rows = plan->unit_tiles * tile_rows;
+    char *cursor = scratch;
+    work->levels = count_levels(plan);
+    work->query = take(&cursor, unit_rows * head_dim * real);
+    work->scores = take(&cursor, gqa_max(GQA_KEY_TILE * tile_rows, GQA_SPAN * plan->few.tile_rows) * real);
+    work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
+    work->mask_row = take(&cursor, plan->mask.data ? GQA_KEY_TILE * real : 0);
+    work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
+    work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
+    work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
+    work->lo = take(&cursor, tile_rows * real);
+    work->hi = take(&cursor, tile_rows * real);
+    work->alpha = take(&cursor, tile_rows * real);
+    work->final_m = take(&cursor, plan->weights.data ? tile_rows * real : 0);
+    work->final_l = take(&cursor, plan->weights.data ? tile_rows * real : 0);
+    work->slope = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
+    work->row_at = take(&cursor, plan->slopes.data ? tile_rows * real : 0);
+    work->key_at = take(&cursor, plan->slopes.data ? GQA_KEY_TILE * real : 0);
+    work->ones = take(&cursor, tile_rows * real);
+    work->row_lo = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
+    work->row_hi = (int64_t *)(void *)take(&cursor, unit_rows * (int64_t)sizeof(int64_t));
+    work->parts = (char **)(void *)take(&cursor, work->levels * (int64_t)sizeof(char *));
+    char *parts = take(&cursor, work->levels * (int64_t)plan->part_bytes);
+    if (!scratch) return (size_t)(cursor - scratch);
+    for (int i = 0; i < work->levels; i++) work->parts[i] = parts + (size_t)i * plan->part_bytes;
+    for (int64_t i = 0; i < tile_rows; i++) gqa_put(plan->kernels, work->ones, i, 1);
+    return (size_t)(cursor - scratch);
+}
+
+/* ---- begin: queries and bounds ---- */
+
+char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
+                     int64_t tile) {
+    const int64_t padded = gqa_round_up(plan->head_dim, plan->kernels->lanes);
+    return work->query + tile * padded * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
+}
+
+/* A row of bfloat16 queries, unscaled: a lane of pairs, or a row as it is. */
+static void pack_pairs(const struct gqa_plan *plan, const struct gqa_form *form, char *tile, int64_t lane,
+                       const char *row) {
+    const int64_t padded = gqa_round_up(plan->head_dim, 2 * plan->kernels->lanes), pair = 2 * sizeof(uint16_t);
+    if (form->few)
+        memcpy(tile + lane * padded * 2, row, (size_t)plan->head_dim * sizeof(uint16_t));
+    else
+        for (int64_t t = 0; t < plan->head_dim / 2; t++)
+            memcpy(tile + (t * form->tile_rows + lane) * pair, row + t * pair, (size_t)pair);
+}
+
+/* Row r of the unit goes into a lane of its tile, or lies as a zero-padded row when rows are few. */
+static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const struct gqa_form *form = unit->form;
+    const int64_t padded = gqa_round_up(plan->head_dim, kernels->lanes), real = (int64_t)kernels->real_size;
+    const char *base = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
+    memset(work->query, 0, (size_t)(gqa_round_up(unit->rows, form->tile_rows) * padded * real));
+    for (int64_t r = 0; r < unit->rows; r++) {
+        const int64_t row = unit->first_row + r, lane = r % form->tile_rows;
+        const char *at = base + row % plan->group * plan->query.head;
+        const struct gqa_rows from =
+            gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
+        char *tile = gqa_query_tile(plan, unit, work, r / form->tile_rows);
+        if (plan->paired) {
+            pack_pairs(plan, form, tile, lane, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data);
+            continue;
+        }
+        kernels->spread(tile + lane * (form->few ? padded : 1) * real, form->few ? 1 : form->tile_rows, from.data,
+                        (int)plan->head_dim, plan->scale);
+    }
+}
+
+void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,
+                    int64_t *hi) {
+    pack_query(plan, unit, work);
+    *lo = unit->seq_k;
+    *hi = 0;
+    for (int64_t r = 0; r < unit->rows; r++) {
+        gqa_plan_bounds(plan, unit, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
+        if (work->row_lo[r] >= work->row_hi[r]) continue;
+        *lo = gqa_min(*lo, work->row_lo[r]);
+        *hi = gqa_max(*hi, work->row_hi[r]);
+    }
+    if (unit->form->few) *lo -= *lo % GQA_KEY_TILE; /* keys lie in lanes: which lane must not depend on the rows */
+}
