@@ -64,8 +64,8 @@ class GGUFTokenizer:
             bos = None
         built = _bpe(tokens, merges, metadata[_KEY + "pre"], None if unknown is None else tokens[unknown])
         kinds = metadata.get(_KEY + "token_type", [])
-        if len(kinds) not in (0, vocab_size):
-            raise ValueError(f"{_KEY}token_type has {len(kinds)} entries, wanted {vocab_size}")
+        if not isinstance(kinds, list) or len(kinds) not in (0, vocab_size):
+            raise ValueError(f"{_KEY}token_type is {kinds!r:.80}; wanted is a list of {vocab_size}")
         library = import_extra("tokenizers")
         for kind, add in (_CONTROL, built.add_special_tokens), (_USER_DEFINED, built.add_tokens):
             whole = [token for token, its_kind in zip(tokens, kinds, strict=False) if its_kind == kind]

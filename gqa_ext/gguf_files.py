@@ -89,8 +89,10 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
             shapes = _shapes(config)
             _check_tensors(placed, shapes)
             weights = {name: _read(gguf, file, name, placed[name]) for name in shapes}
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"gguf_files.load(): {Path(path)}: {error}") from None
+        except NotImplementedError as error:
+            raise NotImplementedError(f"gguf_files.load(): {Path(path)}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"gguf_files.load(): {Path(path)}: {error}") from None
     return _model(config, weights), tokenizer
 
 
@@ -102,7 +104,8 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise NotImplementedError(f"general.architecture is {architecture!r:.80}; only 'llama' is implemented")
-    for key, plain in {"expert_count": 0, "rope.scaling.type": "none", "rope.scale_linear": 1.0}.items():
+    plain: Any
+    for key, plain in ("expert_count", 0), ("rope.scaling.type", "none"), ("rope.scale_linear", 1.0):
         if metadata.get(f"llama.{key}", plain) != plain:
             raise NotImplementedError(f"llama.{key} is {metadata[f'llama.{key}']!r:.80}; only {plain!r} is implemented")
     hidden, heads = _number(metadata, "embedding_length"), _number(metadata, "attention.head_count")
@@ -131,7 +134,7 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
     )
 
 
-def _number(metadata: dict[str, Any], key: str, default: Any = None, kind: type = int) -> Any:
+def _number(metadata: dict[str, Any], key: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
     """A number above zero of the llama section."""
     value = metadata.get(f"llama.{key}", default)
     if isinstance(value, list) and key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
@@ -165,12 +168,13 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(placed: dict[str, Placed], shapes: dict[str, tuple[int, ...]]) -> None:
     """All that is wrong with names and shapes, in one message."""
-    faults = [f"{name} is missing" for name in shapes if name not in placed]
+    spare = [name for name in placed if name not in shapes]
+    if spare:  # biases, factors of rotary frequencies, experts
+        raise NotImplementedError(f"tensor {spare[0]!r:.80} is none that gqa_ext.llama computes with")
+    faults = [f"tensor {name} is missing" for name in shapes if name not in placed]
     for name, tensor in placed.items():
-        if name not in shapes:
-            faults.append(f"{name!r:.80} is not part of a model that gqa_ext.llama computes")
-        elif tensor.shape != shapes[name]:
-            faults.append(f"{name} is {tensor.shape}, wanted {shapes[name]}")
+        if tensor.shape != shapes[name]:
+            faults.append(f"tensor {name} is {tensor.shape}, wanted {shapes[name]}")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{'; '.join(faults[:5])}{more}")
