@@ -20,9 +20,9 @@ def import_extra(name: str) -> ModuleType:
     """A package of the extra `gguf`."""
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            f'gguf_files.load(): the package {name} is not installed; GGUF files need it: pip install "gqa-ext[gguf]"'
+            f'gguf_files.load(): {error}; GGUF files need the package {name}: pip install "gqa-ext[gguf]"'
         ) from None
 
 

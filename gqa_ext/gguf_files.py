@@ -195,11 +195,14 @@ def _read(gguf: ModuleType, file: BinaryIO, name: str, tensor: Placed) -> Array:
     if tensor.offset + nbytes > end:
         raise ValueError(f"tensor {name}: bytes {tensor.offset}..{tensor.offset + nbytes} of {end}; it is cut short")
     file.seek(tensor.offset)
-    raw = np.frombuffer(file.read(nbytes), np.uint8).reshape(shape)
+    raw = np.fromfile(file, np.uint8, nbytes).reshape(shape)
     try:
-        weight: Array = gguf.dequantize(raw, kind)
+        with np.errstate(all="ignore"):  # scales may be anything in a broken file
+            weight: Array = gguf.dequantize(raw, kind)
     except NotImplementedError:
         raise NotImplementedError(f"tensor {name} is {kind.name}, which gguf cannot widen to float32") from None
+    if not np.isfinite(weight).all():
+        raise ValueError(f"tensor {name} has infinities or NaN; the file is broken")
     return weight
 
 

@@ -313,12 +313,20 @@ def test_other_versions_and_types_are_refused(tmp_path, sound):
         assert words in refusal(tmp_path / "a.gguf", sound[:kind] + struct.pack("<I", number) + sound[kind + 4 :])
 
 
+def test_a_weight_that_is_no_number_is_refused(tmp_path):
+    weights = random_weights()
+    for bad in np.nan, np.inf:
+        weights["blk.1.ffn_up.weight"][3, 5] = bad
+        with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight has infinities or NaN"):
+            gguf_files.load(write_gguf(tmp_path / "a.gguf", weights))
+
+
 def test_without_the_package_the_message_has_the_command(tmp_path, monkeypatch, sound):
     (tmp_path / "a.gguf").write_bytes(sound)
     for name in "gguf", "tokenizers":
         with monkeypatch.context() as patch:
             patch.setitem(__import__("sys").modules, name, None)
-            with pytest.raises(ImportError, match=rf'package {name} .*pip install "gqa-ext\[gguf\]"'):
+            with pytest.raises(ImportError, match=rf'package {name}: pip install "gqa-ext\[gguf\]"'):
                 gguf_files.load(tmp_path / "a.gguf")
 
 
