@@ -4,6 +4,7 @@ Called by gqa_ext.gguf_files.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +28,7 @@ def import_extra(name: str) -> ModuleType:
 
 
 class GGUFTokenizer:
-    """Text to the tokens of a GGUF file's vocabulary, and back.
+    """Text to the tokens of a GGUF file's vocabulary, and back; a gqa_ext.tokens.Tokenizer.
 
     Attributes
     ----------
@@ -45,9 +46,9 @@ class GGUFTokenizer:
         tokens: list[int] = self._tokenizer.encode(text).ids
         return tokens if self._bos is None else [self._bos, *tokens]
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
-        text: str = self._tokenizer.decode(tokens)
+        text: str = self._tokenizer.decode(list(tokens))
         return text
 
     @classmethod

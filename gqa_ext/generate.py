@@ -9,9 +9,9 @@ Called by gqa_ext.__main__.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
+from . import gguf_files
 from .llama import TINY, Llama, load
 from .tokens import Tokenizer, load_tokenizer, stream_text
 
@@ -73,24 +73,12 @@ def _rate(count: int, seconds: float) -> str:
 def open_model(path: str) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer of a folder, of a .gguf file, or of the word "tiny": the model in this package."""
     if path.lower().endswith(".gguf") and not Path(path).is_dir():
-        return open_gguf(path)
+        return gguf_files.load(path)
     folder = TINY if path == "tiny" else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{path!r} is neither a folder nor a .gguf file nor 'tiny'")
     model = load(folder)
     return model, load_tokenizer(folder, model.config.vocab_size)
-
-
-def open_gguf(path: str) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer of a .gguf file."""
-    try:
-        gguf_files = import_module(f"{__package__}.gguf_files")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.gguf_files":
-            raise
-        raise NotImplementedError(f"{path}: this version of gqa_ext reads no .gguf files; give a folder") from None
-    opened: tuple[Llama, Tokenizer] = gguf_files.load(path)
-    return opened
 
 
 def run(

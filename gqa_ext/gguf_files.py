@@ -10,7 +10,7 @@ Called by gqa_ext.generate, and by users. Needs the packages `gguf` and `tokeniz
 
 import math
 import os
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -39,6 +39,7 @@ _LAYER = {
     "down_proj": "ffn_down",
 }
 _EMBEDDING, _NORM, _HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
+_FACTORS = "rope_freqs.weight"  # by which Llama 3.1 and later divide each frequency
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
@@ -86,9 +87,11 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
             metadata, placed = read_header(file)
             config = _config(metadata, placed)
             tokenizer = GGUFTokenizer.from_metadata(metadata, config.vocab_size)
-            shapes = _shapes(config)
+            shapes = _shapes(config, _FACTORS in placed)
             _check_tensors(placed, shapes)
             weights = {name: _read(gguf, file, name, placed[name]) for name in shapes}
+            config = replace(config, rope_scaling=_rope_scaling(metadata, config, weights.get(_FACTORS)))
+            config.make_rope()  # refuses factors that are none
         except NotImplementedError as error:
             raise NotImplementedError(f"gguf_files.load(): {Path(path)}: {error}") from None
         except ValueError as error:
@@ -105,7 +108,7 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
     if architecture != "llama":
         raise NotImplementedError(f"general.architecture is {architecture!r:.80}; only 'llama' is implemented")
     plain: Any
-    for key, plain in ("expert_count", 0), ("rope.scaling.type", "none"), ("rope.scale_linear", 1.0):
+    for key, plain in ("expert_count", 0), ("rope.scale_linear", 1.0):
         if metadata.get(f"llama.{key}", plain) != plain:
             raise NotImplementedError(f"llama.{key} is {metadata[f'llama.{key}']!r:.80}; only {plain!r} is implemented")
     hidden, heads = _number(metadata, "embedding_length"), _number(metadata, "attention.head_count")
@@ -134,6 +137,25 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
     )
 
 
+def _rope_scaling(metadata: dict[str, Any], config: Config, factors: Array | None) -> dict[str, Any] | None:
+    """Hugging Face's rope dict, or None for plain RoPE."""
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear") or (scaling == "linear" and factors is not None):
+        beside = " beside rope_freqs" if factors is not None else ""
+        raise NotImplementedError(f"llama.rope.scaling.type is {scaling!r:.80}{beside}; known: none, linear")
+    if scaling == "linear":
+        return {"rope_type": "linear", "factor": _number(metadata, "rope.scaling.factor", kind=float)}
+    if factors is None:
+        return None
+    return {  # longrope is the dict that has a factor for each frequency; here one table serves every length
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+
+
 def _number(metadata: dict[str, Any], key: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
     """A number above zero of the llama section."""
     value = metadata.get(f"llama.{key}", default)
@@ -153,7 +175,7 @@ def _layer_name(index: int, field: str) -> str:
     return f"blk.{index}.{_LAYER[field]}.weight"
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def _shapes(config: Config, has_factors: bool) -> dict[str, tuple[int, ...]]:
     """GGUF's name and the shape of every tensor the model needs."""
     e, f = config.hidden_size, config.intermediate_size
     q, k = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -163,13 +185,15 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes |= {_layer_name(index, field): shape for field, shape in zip(_LAYER, layer, strict=True)}
     if not config.tie_word_embeddings:
         shapes[_HEAD] = (config.vocab_size, e)
+    if has_factors:
+        shapes[_FACTORS] = (config.head_dim // 2,)
     return shapes
 
 
 def _check_tensors(placed: dict[str, Placed], shapes: dict[str, tuple[int, ...]]) -> None:
     """All that is wrong with names and shapes, in one message."""
     spare = [name for name in placed if name not in shapes]
-    if spare:  # biases, factors of rotary frequencies, experts
+    if spare:  # biases, norms of queries and keys, experts
         raise NotImplementedError(f"tensor {spare[0]!r:.80} is none that gqa_ext.llama computes with")
     faults = [f"tensor {name} is missing" for name in shapes if name not in placed]
     for name, tensor in placed.items():
@@ -209,7 +233,7 @@ def _read(gguf: ModuleType, file: BinaryIO, name: str, tensor: Placed) -> Array:
 def _model(config: Config, weights: dict[str, Array]) -> Llama:
     layers = []
     for index in range(config.num_hidden_layers):
-        layer = {field.name: weights[_layer_name(index, field.name)] for field in fields(Layer)}
+        layer = {field: weights[_layer_name(index, field)] for field in _LAYER}
         for field, heads in ("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads):
             layer[field] = halves_from_pairs(layer[field], heads)
         layers.append(Layer(**layer))

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +144,7 @@ def test_a_file_is_the_model_in_hugging_faces_layout(tmp_path, tied):
     weights = random_weights(tied)
     model, _ = gguf_files.load(write_gguf(tmp_path / "a.gguf", weights))
     twin = hugging_face(tmp_path, weights, tied)
-    assert model.config == twin.config
+    assert model.config == replace(twin.config, layer_windows=())  # a folder says of each layer that it has none
     tokens = np.random.default_rng(1).integers(0, len(TOKENS), (2, 19))
     np.testing.assert_array_equal(model.forward(tokens), twin.forward(tokens))
     assert (model.lm_head is model.embed_tokens) == tied
@@ -187,6 +189,45 @@ def test_defaults_are_llama_cpps(tmp_path):
     assert (model.config.num_key_value_heads, model.config.rope_theta, model.config.head_dim) == (HEADS, 10000.0, D)
 
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def llama_3_factors() -> np.ndarray:
+    """As convert_hf_to_gguf.py of llama.cpp has it."""
+    factors = []
+    for exponent in range(0, D, 2):
+        wavelen = 2 * math.pi * 500.0 ** (exponent / D)
+        smooth = (64 / wavelen - 1.0) / (4.0 - 1.0)
+        between = 1 / ((1 - smooth) / 8.0 + smooth)
+        factors.append(1.0 if wavelen < 64 / 4.0 else 8.0 if wavelen > 64 / 1.0 else between)
+    assert len({*factors}) > 3
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "scaling"),
+    [
+        ({"rope_freqs.weight": llama_3_factors()}, {}, LLAMA_3),
+        (
+            {},
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            {"rope_type": "linear", "factor": 4.0},
+        ),
+    ],
+)
+def test_frequencies_are_scaled_as_the_file_says(tmp_path, tensors, changes, scaling):
+    model, _ = gguf_files.load(write_gguf(tmp_path / "a.gguf", random_weights() | tensors, changes=changes))
+    positions = np.array([0, 1, 63, 76, 500])  # within and beyond the model's 77
+    theirs = RotaryEmbedding(D, base=500.0, scaling=scaling).cos_sin(positions)
+    np.testing.assert_allclose(model.rope.cos_sin(positions), theirs, atol=1e-4)
+
+
 # ---- the tokenizer ----
 
 
@@ -221,6 +262,7 @@ REFUSED = [
     ({"general.architecture": "gemma"}, NotImplementedError, "architecture is 'gemma'; only 'llama'"),
     ({"llama.expert_count": 8}, NotImplementedError, "expert_count is 8"),
     ({"llama.rope.scaling.type": "yarn"}, NotImplementedError, "rope.scaling.type is 'yarn'"),
+    ({"llama.rope.scaling.type": "linear"}, ValueError, "rope.scaling.factor is missing"),
     ({"llama.rope.dimension_count": 32}, NotImplementedError, "dimension_count is 32; only the head's 64"),
     ({"llama.attention.head_count_kv": [2, 1]}, NotImplementedError, "head_count_kv differs by layer"),
     ({"llama.attention.head_count_kv": 3}, ValueError, "4 query heads, 3 key/value heads"),
@@ -253,9 +295,23 @@ def test_metadata_are_refused_by_name(tmp_path, changes, error, message):
 
 
 def test_a_tensor_that_would_be_ignored_is_refused(tmp_path):
-    weights = random_weights() | {"rope_freqs.weight": np.ones(D // 2, np.float32)}
-    with pytest.raises(NotImplementedError, match=r"rope_freqs\.weight"):
+    weights = random_weights() | {"blk.0.attn_q.bias": np.ones(HEADS * D, np.float32)}
+    with pytest.raises(NotImplementedError, match=r"blk\.0\.attn_q\.bias"):
         gguf_files.load(write_gguf(tmp_path / "a.gguf", weights))
+
+
+@pytest.mark.parametrize(
+    ("factors", "changes", "message"),
+    [
+        (np.zeros(D // 2, np.float32), {}, "short_factor"),
+        (np.ones(D, np.float32), {}, r"rope_freqs.weight is \(64,\), wanted \(32,\)"),
+        (np.ones(D // 2, np.float32), {"llama.rope.scaling.type": "linear"}, "'linear' beside rope_freqs"),
+    ],
+)
+def test_bad_factors_are_refused(tmp_path, factors, changes, message):
+    path = write_gguf(tmp_path / "a.gguf", random_weights() | {"rope_freqs.weight": factors}, changes=changes)
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        gguf_files.load(path)
 
 
 @pytest.fixture(scope="module")
