@@ -6,6 +6,7 @@ Called by gqa_ext.generate and by users who give a model text.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,13 +67,13 @@ class JsonTokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            from tokenizers import Tokenizer as Library
+            library = import_module("tokenizers").Tokenizer
         except ImportError:
             message = f'{path} needs the package tokenizers; install it with: pip install "gqa-ext[generate]"'
             raise ImportError(message) from None
         text = path.read_text(encoding="utf-8")
         try:
-            self._library = Library.from_str(text)
+            self._library = library.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"JsonTokenizer(): {path}: {error}") from None
         self.eos = self._find_eos(path.parent)
