@@ -78,11 +78,11 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
     --------
     >>> from gqa_ext import gguf_files
     >>> model, tokenizer = gguf_files.load("smollm2.gguf")  # doctest: +SKIP
-    >>> tokenizer.decode(list(model.generate(tokenizer.encode("The capital of France is"), 6)))  # doctest: +SKIP
+    >>> tokenizer.decode(list(model.generate(tokenizer.encode("The capital of France is"), 2)))  # doctest: +SKIP
     ' Paris.'
     """
-    gguf = import_extra("gguf")
     with open(path, "rb") as file:
+        gguf = import_extra("gguf")
         try:
             metadata, placed = read_header(file)
             config = _config(metadata, placed)
@@ -108,9 +108,9 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
     if architecture != "llama":
         raise NotImplementedError(f"general.architecture is {architecture!r:.80}; only 'llama' is implemented")
     plain: Any
-    for key, plain in ("expert_count", 0), ("rope.scale_linear", 1.0):
-        if metadata.get(f"llama.{key}", plain) != plain:
-            raise NotImplementedError(f"llama.{key} is {metadata[f'llama.{key}']!r:.80}; only {plain!r} is implemented")
+    for key, plain in ("split.count", 0), ("llama.expert_count", 0), ("llama.rope.scale_linear", 1.0):
+        if metadata.get(key, plain) != plain:
+            raise NotImplementedError(f"{key} is {metadata[key]!r:.80}; only {plain!r} is implemented")
     hidden, heads = _number(metadata, "embedding_length"), _number(metadata, "attention.head_count")
     head_dim = _number(metadata, "attention.key_length", hidden // heads)
     for key in "rope.dimension_count", "attention.value_length":

@@ -161,6 +161,7 @@ def test_control_tokens_are_whole_and_leave_no_text(tmp_path):
 
 REFUSED = [
     ({"general.architecture": "gemma"}, NotImplementedError, "architecture is 'gemma'; only 'llama'"),
+    ({"split.count": 3}, NotImplementedError, "split.count is 3"),
     ({"llama.expert_count": 8}, NotImplementedError, "expert_count is 8"),
     ({"llama.rope.scaling.type": "yarn"}, NotImplementedError, "rope.scaling.type is 'yarn'"),
     ({"llama.rope.scaling.type": "linear"}, ValueError, "rope.scaling.factor is missing"),
