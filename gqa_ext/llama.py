@@ -41,7 +41,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     product: Array = x.reshape(-1, x.shape[-1]) @ weight.T
     if bias is not None:
         product += bias
-    return product.reshape(*x.shape[:-1], -1)
+    return product.reshape(*x.shape[:-1], len(weight))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -164,7 +164,7 @@ class Llama:
             x = x + self._attend(index, rms_norm(x, layer.input_layernorm, eps), positions, caches[index])
             h = rms_norm(x, layer.post_attention_layernorm, eps)
             x = x + linear(silu(linear(h, layer.gate_proj)) * linear(h, layer.up_proj), layer.down_proj)
-        return rms_norm(x, self.norm, eps).reshape(*tokens.shape, -1)
+        return rms_norm(x, self.norm, eps).reshape(*tokens.shape, x.shape[-1])
 
     def _attend(self, index: int, x: Array, positions: NDArray[np.int64] | None, cache: KVCache | None) -> Array:
         """The attention block of one layer: x (B, S, E) to (B, S, E)."""
@@ -179,11 +179,13 @@ class Llama:
         else:
             cache.append(key, value)
             out = cache.attend(query)
-        return linear(out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1), layer.o_proj, layer.o_bias)
+        joined = out.swapaxes(-2, -3).reshape(*x.shape[:-1], layer.o_proj.shape[1])
+        return linear(joined, layer.o_proj, layer.o_bias)
 
     def _heads(self, x: Array, norm: Array | None = None) -> Array:
         """(B, S, H * D) seen as (B, H, S, D), each head normalised where the model does that."""
-        heads = x.reshape(*x.shape[:-1], -1, self.config.head_dim).swapaxes(-2, -3)
+        dim = self.config.head_dim
+        heads = x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim).swapaxes(-2, -3)
         return heads if norm is None else rms_norm(heads, norm, self.config.rms_norm_eps)
 
     @cached_property

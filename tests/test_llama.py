@@ -148,6 +148,11 @@ def test_chunks_equal_the_whole(grouped, chunks, batch):
     np.testing.assert_allclose(np.concatenate(parts, axis=-2), grouped.forward(tokens), atol=2e-5)
 
 
+def test_no_sequences_have_no_logits(grouped):
+    assert grouped.forward(np.zeros((0, 5), int)).shape == (0, 5, 300)
+    assert grouped.forward(np.zeros((2, 0, 5), int), grouped.new_cache(5, (2, 0))).shape == (2, 0, 5, 300)
+
+
 def test_greedy_generation_equals_forward_without_a_cache(tiny):
     tokens = list(TEXT[:30].encode())
     for token in tiny.generate(TEXT[:30], 25):
@@ -279,7 +284,6 @@ def test_defaults_and_newer_names(tmp_path):
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, ValueError, r"k_proj\.bias is missing"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias"),
-        ({"model_type": "mistral", "attention_bias": True}, NotImplementedError, "attention_bias"),
         ({"quantization_config": {"bits": 4}}, NotImplementedError, "quantization_config"),
         ({"rope_scaling": {"type": "newest", "factor": 2.0}}, ValueError, "'newest'.*known are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "lacks factor"),

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gqa_ext import llama
+from gqa_ext import __main__, llama
 from gqa_ext.convert import safetensors
 
 torch = pytest.importorskip("torch")
@@ -162,6 +162,22 @@ def test_parameters_are_counted(saved):
         assert saved(name)[1].num_parameters == make(name).num_parameters()
 
 
+def test_the_command_on_a_folder(saved, capsys):
+    """With a tokenizer.json of words, as transformers leaves it beside the model."""
+    library = pytest.importorskip("tokenizers")
+    folder, model, tokens, _ = saved("qwen3")
+    words = library.Tokenizer(library.models.WordLevel({f"w{i}": i for i in range(SMALL["vocab_size"])}, "w0"))
+    words.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    prompt = " ".join(f"w{token}" for token in tokens[0, :9])
+    words = ["--prompt", prompt, "--max-new-tokens", "20", "--kv-dtype", "float16"]
+    assert __main__.main(["generate", str(folder), *words]) == 0
+    text, figures = capsys.readouterr().out.rstrip("\n").rsplit("\n\n", 1)
+    made = [f"w{token}" for token in model.generate(tokens[0, :9], 20, kv_dtype="float16") if token]
+    assert [word for word in text.split() if word != "w0"] == prompt.split() + made
+    assert "KV cache 240 bytes per token, 6,960 bytes in all, float16" in figures
+
+
 # ---- files ----
 
 
@@ -187,6 +203,30 @@ def test_old_names_in_a_config(saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     np.testing.assert_array_equal(llama.load(tmp_path).forward(tokens), model.forward(tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({}, (None, 5, 5)),
+        ({"use_sliding_window": False}, (None, None, None)),
+        ({"max_window_layers": 2}, (None, None, 5)),
+        ({"max_window_layers": 28}, (None, None, None)),
+        ({"sliding_window": None}, (None, None, None)),
+    ],
+)
+def test_windows_without_layer_types(saved, tmp_path, change, windows):
+    """As files before transformers 4.53 have them; the model that it makes of them gives the same logits."""
+    folder, _, tokens, _ = saved("qwen2, sliding")
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    model = llama.load(tmp_path)
+    assert model.config.layer_windows == windows
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        close(model.forward(tokens), theirs(torch.from_numpy(tokens)).logits.numpy())
 
 
 def rewrite_index(folder, change):
