@@ -41,7 +41,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     product: Array = x.reshape(-1, x.shape[-1]) @ weight.T
     if bias is not None:
         product += bias
-    return product.reshape(*x.shape[:-1], -1)
+    return product.reshape(*x.shape[:-1], len(weight))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -109,7 +109,7 @@ class Llama:
     """A Llama-like model for inference in float32.
 
     Made by `load`. A frozen dataclass: `dataclasses.replace(model, attention=f)` gives the same model with
-    another attention function where there is no cache, `model.pooled(2)` one with fewer key/value heads.
+    another attention function, which works without a cache only; `model.pooled(2)` one with fewer key/value heads.
 
     Examples
     --------
@@ -147,6 +147,8 @@ class Llama:
             Tokens that are none, or that the cache has no room for; nothing has been appended then.
         TypeError
             Text, and a model whose tokens are not bytes.
+        NotImplementedError
+            A cache, and another attention function.
         """
         return linear(self.hidden_states(tokens, cache), self.lm_head)
 
@@ -162,7 +164,7 @@ class Llama:
             x = x + self._attend(index, rms_norm(x, layer.input_layernorm, eps), positions, caches[index])
             h = rms_norm(x, layer.post_attention_layernorm, eps)
             x = x + linear(silu(linear(h, layer.gate_proj)) * linear(h, layer.up_proj), layer.down_proj)
-        return rms_norm(x, self.norm, eps).reshape(*tokens.shape, -1)
+        return rms_norm(x, self.norm, eps).reshape(*tokens.shape, x.shape[-1])
 
     def _attend(self, index: int, x: Array, positions: NDArray[np.int64] | None, cache: KVCache | None) -> Array:
         """The attention block of one layer: x (B, S, E) to (B, S, E)."""
@@ -177,11 +179,13 @@ class Llama:
         else:
             cache.append(key, value)
             out = cache.attend(query)
-        return linear(out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1), layer.o_proj, layer.o_bias)
+        joined = out.swapaxes(-2, -3).reshape(*x.shape[:-1], layer.o_proj.shape[1])
+        return linear(joined, layer.o_proj, layer.o_bias)
 
     def _heads(self, x: Array, norm: Array | None = None) -> Array:
         """(B, S, H * D) seen as (B, H, S, D), each head normalised where the model does that."""
-        heads = x.reshape(*x.shape[:-1], -1, self.config.head_dim).swapaxes(-2, -3)
+        dim = self.config.head_dim
+        heads = x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim).swapaxes(-2, -3)
         return heads if norm is None else rms_norm(heads, norm, self.config.rms_norm_eps)
 
     @cached_property
@@ -214,6 +218,8 @@ class Llama:
         A ring never gets full by itself, but one of `capacity` slots is sure to hold what any chunk needs only
         while all tokens together are no more. So every layer has the same limit, and all of them agree.
         """
+        if self.attention is not scaled_dot_product_attention:
+            raise NotImplementedError("Llama.forward(): cache beside another attention; leave out one of them")
         batch, size = tokens.shape
         if len(cache) != len(self.layers) or cache[0].batch != batch:
             came = f"cache has {len(cache)} layers of {cache[0].batch if cache else 0} sequences"
@@ -273,6 +279,9 @@ class Llama:
             The next token. For a byte-level model `bytes(model.generate(...))` is the text.
         """
         tokens = self.encode(prompt)
+        if tokens.ndim != 1 or not temperature >= 0:
+            came = f"prompt has shape {tokens.shape} and temperature is {temperature}"
+            raise ValueError(f"Llama.generate(): {came}; one sequence (S,) and a number from 0 up were wanted")
         rng = np.random.default_rng(seed)
         cache = self.new_cache(tokens.size + max_new_tokens, dtype=kv_dtype) if cache is None else cache
         for _ in range(max_new_tokens):

@@ -148,6 +148,11 @@ def test_chunks_equal_the_whole(grouped, chunks, batch):
     np.testing.assert_allclose(np.concatenate(parts, axis=-2), grouped.forward(tokens), atol=2e-5)
 
 
+def test_no_sequences_have_no_logits(grouped):
+    assert grouped.forward(np.zeros((0, 5), int)).shape == (0, 5, 300)
+    assert grouped.forward(np.zeros((2, 0, 5), int), grouped.new_cache(5, (2, 0))).shape == (2, 0, 5, 300)
+
+
 def test_greedy_generation_equals_forward_without_a_cache(tiny):
     tokens = list(TEXT[:30].encode())
     for token in tiny.generate(TEXT[:30], 25):
@@ -225,9 +230,12 @@ def test_another_attention_can_be_put_in(tiny):
         shapes.append((query.shape, key.shape))
         return tiny.attention(query, key, value, **rules)
 
-    dataclasses.replace(tiny, attention=spy).forward(b"abc")
+    other = dataclasses.replace(tiny, attention=spy)
+    other.forward(b"abc")
     heads, dim = tiny.config.num_attention_heads, tiny.config.head_dim
     assert shapes == [((1, heads, 3, dim), (1, heads, 3, dim))] * tiny.config.num_hidden_layers
+    with pytest.raises(NotImplementedError, match="cache beside another attention"):
+        other.forward(b"abc", other.new_cache(3))
 
 
 def test_full_cache(grouped):
@@ -248,6 +256,19 @@ def test_bad_tokens(grouped, tokens):
         grouped.forward(tokens)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[1, 2]], {}, r"shape \(1, 2\)"),
+        ([1], {"temperature": -1.0}, "temperature is -1"),
+        ([1], {"temperature": math.nan}, "nan"),
+    ],
+)
+def test_what_generate_cannot_do(grouped, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        next(grouped.generate(prompt, 3, **options))
+
+
 def test_defaults_and_newer_names(tmp_path):
     config = {key: GROUPED[key] for key in list(GROUPED)[:6]} | {"num_attention_heads": 5}
     shapes = config | {"num_key_value_heads": 5, "head_dim": 8}
@@ -263,7 +284,6 @@ def test_defaults_and_newer_names(tmp_path):
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, ValueError, r"k_proj\.bias is missing"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias"),
-        ({"model_type": "mistral", "attention_bias": True}, NotImplementedError, "attention_bias"),
         ({"quantization_config": {"bits": 4}}, NotImplementedError, "quantization_config"),
         ({"rope_scaling": {"type": "newest", "factor": 2.0}}, ValueError, "'newest'.*known are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "lacks factor"),

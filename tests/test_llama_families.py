@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gqa_ext import llama
+from gqa_ext import __main__, llama
 from gqa_ext.convert import safetensors
 
 torch = pytest.importorskip("torch")
@@ -26,6 +26,7 @@ LONGROPE = {
     "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1000.0,
     "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0],
 }  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -35,6 +36,7 @@ MODELS = {
     "llama, llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 12}),
     "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
     "llama, yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama, dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     "llama, longrope": ("Llama", {"rope_parameters": LONGROPE}),
     "llama, biases": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 7}),
@@ -47,6 +49,7 @@ MODELS = {
     "qwen3, its head_dim": ("Qwen3", {"num_key_value_heads": 3}),
     "qwen3, biases, sliding": ("Qwen3", {"head_dim": 8, "attention_bias": True, "layer_types": MIXED} | SLIDING),
 }
+BY_LENGTH = ("llama, dynamic", "llama, longrope")  # the rope of a call depends on how far it goes
 LENGTH = 40
 
 
@@ -94,7 +97,7 @@ def test_a_whole_text(saved, name):
 
 
 @pytest.mark.parametrize("chunks", [[LENGTH], [17, 1, 1, 9, 12], [1] * LENGTH], ids=["prefill", "chunks", "decode"])
-@pytest.mark.parametrize("name", [name for name in MODELS if "longrope" not in name])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in BY_LENGTH])
 def test_a_cached_text(saved, name, chunks):
     _, model, tokens, want = saved(name)
     cache = model.new_cache(LENGTH, (2,))
@@ -103,9 +106,10 @@ def test_a_cached_text(saved, name, chunks):
     close(np.concatenate(parts, axis=1), want)
 
 
-def test_longrope_chooses_for_each_call_as_transformers_does(saved):
-    """A key keeps the factors of its own call, so a text that grows past 16 tokens is no longer that of one call."""
-    folder, model, tokens, _ = saved("llama, longrope")
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_rope_is_chosen_for_each_call_as_transformers_does(saved, name):
+    """A key keeps the angle of its own call, so a text that grows past 16 tokens is no longer that of one call."""
+    folder, model, tokens, _ = saved(name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     cache, past = model.new_cache(LENGTH, (2,)), transformers.DynamicCache()
     for start in range(0, LENGTH, 10):
@@ -158,6 +162,22 @@ def test_parameters_are_counted(saved):
         assert saved(name)[1].num_parameters == make(name).num_parameters()
 
 
+def test_the_command_on_a_folder(saved, capsys):
+    """With a tokenizer.json of words, as transformers leaves it beside the model."""
+    library = pytest.importorskip("tokenizers")
+    folder, model, tokens, _ = saved("qwen3")
+    words = library.Tokenizer(library.models.WordLevel({f"w{i}": i for i in range(SMALL["vocab_size"])}, "w0"))
+    words.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    prompt = " ".join(f"w{token}" for token in tokens[0, :9])
+    words = ["--prompt", prompt, "--max-new-tokens", "20", "--kv-dtype", "float16"]
+    assert __main__.main(["generate", str(folder), *words]) == 0
+    text, figures = capsys.readouterr().out.rstrip("\n").rsplit("\n\n", 1)
+    made = [f"w{token}" for token in model.generate(tokens[0, :9], 20, kv_dtype="float16") if token]
+    assert [word for word in text.split() if word != "w0"] == prompt.split() + made
+    assert "KV cache 240 bytes per token, 6,960 bytes in all, float16" in figures
+
+
 # ---- files ----
 
 
@@ -183,6 +203,30 @@ def test_old_names_in_a_config(saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     np.testing.assert_array_equal(llama.load(tmp_path).forward(tokens), model.forward(tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({}, (None, 5, 5)),
+        ({"use_sliding_window": False}, (None, None, None)),
+        ({"max_window_layers": 2}, (None, None, 5)),
+        ({"max_window_layers": 28}, (None, None, None)),
+        ({"sliding_window": None}, (None, None, None)),
+    ],
+)
+def test_windows_without_layer_types(saved, tmp_path, change, windows):
+    """As files before transformers 4.53 have them; the model that it makes of them gives the same logits."""
+    folder, _, tokens, _ = saved("qwen2, sliding")
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    model = llama.load(tmp_path)
+    assert model.config.layer_windows == windows
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        close(model.forward(tokens), theirs(torch.from_numpy(tokens)).logits.numpy())
 
 
 def rewrite_index(folder, change):

@@ -8,7 +8,7 @@ Nothing about a file's content is assumed: whatever breaks the format is a Value
 tensor. It is assumed that nobody shortens a file while it is mapped; the operating system answers that
 with SIGBUS, in every reader that maps files.
 
-Called by gqa_ext.llama. Where this reader is stricter than the `safetensors` library: names must be unique,
+Called by gqa_ext.llama_files. Where this reader is stricter than the `safetensors` library: names must be unique,
 the header must begin with "{", and a shape must be one that NumPy can address.
 """
 
