@@ -109,7 +109,7 @@ class Llama:
     """A Llama-like model for inference in float32.
 
     Made by `load`. A frozen dataclass: `dataclasses.replace(model, attention=f)` gives the same model with
-    another attention function where there is no cache, `model.pooled(2)` one with fewer key/value heads.
+    another attention function, which works without a cache only; `model.pooled(2)` one with fewer key/value heads.
 
     Examples
     --------
@@ -147,6 +147,8 @@ class Llama:
             Tokens that are none, or that the cache has no room for; nothing has been appended then.
         TypeError
             Text, and a model whose tokens are not bytes.
+        NotImplementedError
+            A cache, and another attention function.
         """
         return linear(self.hidden_states(tokens, cache), self.lm_head)
 
@@ -214,6 +216,8 @@ class Llama:
         A ring never gets full by itself, but one of `capacity` slots is sure to hold what any chunk needs only
         while all tokens together are no more. So every layer has the same limit, and all of them agree.
         """
+        if self.attention is not scaled_dot_product_attention:
+            raise NotImplementedError("Llama.forward(): cache beside another attention; leave out one of them")
         batch, size = tokens.shape
         if len(cache) != len(self.layers) or cache[0].batch != batch:
             came = f"cache has {len(cache)} layers of {cache[0].batch if cache else 0} sequences"
@@ -273,6 +277,9 @@ class Llama:
             The next token. For a byte-level model `bytes(model.generate(...))` is the text.
         """
         tokens = self.encode(prompt)
+        if tokens.ndim != 1 or not temperature >= 0:
+            came = f"prompt has shape {tokens.shape} and temperature is {temperature}"
+            raise ValueError(f"Llama.generate(): {came}; one sequence (S,) and a number from 0 up were wanted")
         rng = np.random.default_rng(seed)
         cache = self.new_cache(tokens.size + max_new_tokens, dtype=kv_dtype) if cache is None else cache
         for _ in range(max_new_tokens):

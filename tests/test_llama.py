@@ -225,9 +225,12 @@ def test_another_attention_can_be_put_in(tiny):
         shapes.append((query.shape, key.shape))
         return tiny.attention(query, key, value, **rules)
 
-    dataclasses.replace(tiny, attention=spy).forward(b"abc")
+    other = dataclasses.replace(tiny, attention=spy)
+    other.forward(b"abc")
     heads, dim = tiny.config.num_attention_heads, tiny.config.head_dim
     assert shapes == [((1, heads, 3, dim), (1, heads, 3, dim))] * tiny.config.num_hidden_layers
+    with pytest.raises(NotImplementedError, match="cache beside another attention"):
+        other.forward(b"abc", other.new_cache(3))
 
 
 def test_full_cache(grouped):
@@ -246,6 +249,19 @@ def test_full_cache(grouped):
 def test_bad_tokens(grouped, tokens):
     with pytest.raises((ValueError, TypeError), match="tokens"):
         grouped.forward(tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[1, 2]], {}, r"shape \(1, 2\)"),
+        ([1], {"temperature": -1.0}, "temperature is -1"),
+        ([1], {"temperature": math.nan}, "nan"),
+    ],
+)
+def test_what_generate_cannot_do(grouped, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        next(grouped.generate(prompt, 3, **options))
 
 
 def test_defaults_and_newer_names(tmp_path):

@@ -26,6 +26,7 @@ LONGROPE = {
     "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1000.0,
     "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0],
 }  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -35,6 +36,7 @@ MODELS = {
     "llama, llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 12}),
     "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
     "llama, yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama, dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     "llama, longrope": ("Llama", {"rope_parameters": LONGROPE}),
     "llama, biases": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 7}),
@@ -47,6 +49,7 @@ MODELS = {
     "qwen3, its head_dim": ("Qwen3", {"num_key_value_heads": 3}),
     "qwen3, biases, sliding": ("Qwen3", {"head_dim": 8, "attention_bias": True, "layer_types": MIXED} | SLIDING),
 }
+BY_LENGTH = ("llama, dynamic", "llama, longrope")  # the rope of a call depends on how far it goes
 LENGTH = 40
 
 
@@ -94,7 +97,7 @@ def test_a_whole_text(saved, name):
 
 
 @pytest.mark.parametrize("chunks", [[LENGTH], [17, 1, 1, 9, 12], [1] * LENGTH], ids=["prefill", "chunks", "decode"])
-@pytest.mark.parametrize("name", [name for name in MODELS if "longrope" not in name])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in BY_LENGTH])
 def test_a_cached_text(saved, name, chunks):
     _, model, tokens, want = saved(name)
     cache = model.new_cache(LENGTH, (2,))
@@ -103,9 +106,10 @@ def test_a_cached_text(saved, name, chunks):
     close(np.concatenate(parts, axis=1), want)
 
 
-def test_longrope_chooses_for_each_call_as_transformers_does(saved):
-    """A key keeps the factors of its own call, so a text that grows past 16 tokens is no longer that of one call."""
-    folder, model, tokens, _ = saved("llama, longrope")
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_rope_is_chosen_for_each_call_as_transformers_does(saved, name):
+    """A key keeps the angle of its own call, so a text that grows past 16 tokens is no longer that of one call."""
+    folder, model, tokens, _ = saved(name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     cache, past = model.new_cache(LENGTH, (2,)), transformers.DynamicCache()
     for start in range(0, LENGTH, 10):
