@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import IO, Any, NamedTuple
 
 import ml_dtypes
@@ -251,15 +251,18 @@ def format_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return _pack(header, start)
 
 
-def reshape_header(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """The header of a file in which some tensors have another shape; names, order and metadata stay.
+def reshape_header(header: Header, shapes: Mapping[str, tuple[int, ...]], dropped: Collection[str] = ()) -> bytes:
+    """The header of a file in which some tensors have another shape or are gone; order and metadata stay.
 
-    Without a shape that differs it is the same bytes.
+    Without a tensor that differs it is the same bytes.
     """
-    if all(header.tensors[name].shape == shape for name, shape in shapes.items()):
+    if not dropped and all(header.tensors[name].shape == shape for name, shape in shapes.items()):
         return header.text
     entries, start = json.loads(header.text[8:]), 0
     for name in header.data_order:
+        if name in dropped:
+            del entries[name]
+            continue
         info = header.tensors[name]
         info = TensorInfo(info.dtype, tuple(shapes.get(name, info.shape)), start)
         entries[name].update(shape=list(info.shape), data_offsets=[info.start, info.stop])
