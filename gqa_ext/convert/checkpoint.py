@@ -6,7 +6,6 @@ Every refusal comes before the first byte of data is read and the first byte is 
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import secrets
@@ -162,14 +161,13 @@ def convert_checkpoint(
     meter = Progress(progress)
     if executor is not None and not callable(getattr(executor, "submit", None)):
         fail(TypeError, CALL, f"executor is {kind(executor)}", "an object with submit() was wanted", "leave it out")
-    choices = dict(method=method, groups=groups, layers=layers, output=output, allow_gqa=allow_gqa)
+    choices = {"method": method, "groups": groups, "layers": layers, "output": output, "allow_gqa": allow_gqa}
     checkpoint = plan_checkpoint(src, num_kv_heads, **choices, layout=layout, num_heads=num_heads)
     destination = Destination(dst, checkpoint.source, as_flag(CALL, "overwrite", overwrite))
     digest = checkpoint.digest(method, output)
-    with destination.opened(digest) as (folder, finished):
+    with destination.opened(digest, checkpoint.names) as (folder, finished):
         if finished is not None:
             return ConversionReport.from_dict(finished)
-        destination.check(checkpoint.names)
         tasks = _tasks(checkpoint, os.fspath(folder), chunk)
         weights = len(checkpoint.shards)
         meter.total = sum(task.nbytes for task in tasks)

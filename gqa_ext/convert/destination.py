@@ -74,17 +74,20 @@ class Destination:
                 _check_place(self.path / place, place == Path(name))
 
     @contextlib.contextmanager
-    def opened(self, digest: str) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    def opened(self, digest: str, names: list[str]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
         """The plan's folder, locked, and the report of a run that was killed while it renamed, now completed.
 
         An error leaves finished shards for the next run of the same plan, and else nothing.
         """
+        if not self._work.exists():
+            self.check(names)
         made = _make_folders(self._work.parent)
         with self._locked():
-            report = self._complete(digest)
             folder = self._work / digest
             try:
+                report = self._complete(digest)
                 if report is None:
+                    self.check(names)
                     self._clean(keep=digest)
                     for part in ("files", "done"):
                         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -99,6 +102,7 @@ class Destination:
 
     def publish(self, digest: str, names: list[str], report: dict[str, Any], attempt: str) -> None:
         """Let the finished files appear under their names, `names` in order and so the config last."""
+        self.check(names)  # somebody may have made dst meanwhile
         folder = self._work / digest
         for root, _, _ in os.walk(folder / "files"):
             fsync_folder(Path(root))

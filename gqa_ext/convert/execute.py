@@ -39,7 +39,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._shown is True or (self._shown is None and sys.stderr is not None and sys.stderr.isatty()):
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(total=self.total, unit="B", unit_scale=True)
         return self

@@ -37,7 +37,7 @@ def _edit(text: str, start: int, new: dict[str, Any]) -> str:
     for key in reversed(spans):
         first, last = spans[key]
         old = json.loads(text[first:last])
-        if key not in new or old == new[key] and type(old) is type(new[key]):
+        if key not in new or (old == new[key] and type(old) is type(new[key])):
             continue
         if isinstance(old, dict) and isinstance(new[key], dict):
             text = _edit(text, first, new[key])

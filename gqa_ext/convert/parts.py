@@ -54,12 +54,12 @@ class Copy:
 
 
 class StandIn(NamedTuple):
-    """Slot `slot` of the result is read where slot `source` was, by `count` heads; `label` says in whose error."""
+    """Slot `slot` of the result is read where slot `source` was, by so many `heads`; `label` says in whose error."""
 
     label: str
     slot: int
     source: int
-    count: int
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Pool:
         rank = {source: i for i, source in enumerate(sources)}
         weights = None if self.mean.weights is None else (self.mean.weights[slot],)
         mean = SlotMean(1, 1, (tuple(rank[member] for member in members),), weights)
-        moved = tuple(StandIn(s.label, 0, rank[s.source], s.count) for s in stand_ins)
+        moved = tuple(StandIn(s.label, 0, rank[s.source], s.heads) for s in stand_ins)
         size, run = self.dtype.itemsize, self.mean.slot * inner
         slots = self.info.shape[self.mean.axis] // self.mean.slot
         step = max(1, limit // (len(sources) * size))
@@ -208,18 +208,18 @@ class _PoolPiece(NamedTuple):
 
     def fill(self, file: int, out: memoryview, sums: Sums) -> None:
         source = np.empty(self.shape, self.dtype)
-        view, done = memoryview(source.view(np.uint8).reshape(-1)), 0
+        view, done = source.view(np.uint8).reshape(-1).data, 0
         for start, nbytes in self.reads:
             read_exactly(file, view[done : done + nbytes], start)
             done += nbytes
         result = np.frombuffer(out, self.dtype).reshape(self.mean.shape(self.shape))
         self.mean.apply(source, result)
         slot = self.mean.slot
-        for label, place, member, count in self.stand_ins:
+        for label, place, member, heads in self.stand_ins:
             old = source[:, member * slot : (member + 1) * slot]
             distance, norm = _distance(old, result[:, place * slot : (place + 1) * slot])
             before = sums.get(label, (0.0, 0.0))
-            sums[label] = (before[0] + count * distance, before[1] + count * norm)
+            sums[label] = (before[0] + heads * distance, before[1] + heads * norm)
 
 
 class _JoinPiece(NamedTuple):
@@ -231,7 +231,7 @@ class _JoinPiece(NamedTuple):
 
     def fill(self, file: int, out: memoryview, sums: Sums) -> None:
         source = np.empty(self.join.source_length, self.join.dtype)
-        view, done = memoryview(source.view(np.uint8)), 0
+        view, done = source.view(np.uint8).data, 0
         for path, start, nbytes in self.join.reads:
             with open(path, "rb", buffering=0) as other:
                 read_exactly(other.fileno(), view[done : done + nbytes], start)

@@ -88,7 +88,10 @@ class ConversionReport:
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> "ConversionReport":
         """The report of :meth:`to_dict`, also by way of JSON."""
-        layers = tuple(LayerReport(**{k: math.nan if v is None else v for k, v in row.items()}) for row in report["layers"])
+        numbers: list[dict[str, Any]] = [
+            {key: math.nan if n is None else n for key, n in row.items()} for row in report["layers"]
+        ]
+        layers = tuple(LayerReport(**row) for row in numbers)
         groups = {int(layer): tuple(map(tuple, lists)) for layer, lists in report["groups"].items()}
         lists = {name: tuple(report[name]) for name in ("skipped", "resumed")}
         return cls(**{**report, **lists, "layers": layers, "groups": groups})

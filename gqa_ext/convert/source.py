@@ -141,7 +141,9 @@ def refuse_pickle(path: Path) -> NoReturn:
 
 def plain_name(name: object) -> bool:
     """A file name that stays in its folder, on any system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set('/\\:\0') and name.isprintable()
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return name.isprintable() and not set(name) & set("/\\:")
 
 
 def _regular(path: Path) -> os.stat_result:
@@ -203,7 +205,8 @@ def _only_file(folder: Path) -> str:
     if WEIGHTS in found or len(found) == 1:
         return WEIGHTS if WEIGHTS in found else found[0]
     if found:
-        raise ValueError(f"{CALL}: {folder} has {', '.join(found[:4])} but neither {WEIGHTS} nor {INDEX}; pass one file")
+        several = ", ".join(found[:4])
+        raise ValueError(f"{CALL}: {folder} has {several} but neither {WEIGHTS} nor {INDEX}; pass one of the files")
     for path in sorted(folder.iterdir()):
         if path.name.endswith(PICKLES):
             refuse_pickle(path)

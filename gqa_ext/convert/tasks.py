@@ -200,7 +200,7 @@ class _Ring:
 
     def _write(self, data: memoryview, start: int) -> None:
         """At `start`; a stretch of zeros stays a hole, as in `cp`, and the disk starts on the rest at once."""
-        if data[0] == 0 and bytes(data[:4096]) == self._zeros[: min(4096, len(data))] and data == self._zeros[: len(data)]:
+        if not any(data[:64]) and data == self._zeros[: len(data)]:
             return
         done = 0
         while done < len(data):
