@@ -73,7 +73,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder."""
-    return {name: file[name] for path in sorted(folder.glob("*.safetensors")) for file in [SafetensorsFile(path)] for name in file}
+    files = [SafetensorsFile(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: array for file in files for name, array in file.items()}
 
 
 def is_kv(name: str) -> bool:

@@ -160,7 +160,8 @@ def test_a_lone_state_dict(tmp_path) -> None:
 
 @pytest.mark.parametrize(("method", "output"), [("mean", "native"), ("first", "native"), ("mean", "expanded")])
 def test_report(src, tmp_path, method, output) -> None:
-    report = convert_checkpoint(src, tmp_path / "dst", 2, method=method, output=output, layers=[0, 2] if output == "expanded" else None, progress=False)  # noqa: E501
+    layers = [0, 2] if output == "expanded" else None
+    report = convert_checkpoint(src, tmp_path / "dst", 2, method=method, output=output, layers=layers, progress=False)
     old, new = tensors_of(src), tensors_of(tmp_path / "dst")
     for row in report.layers:
         for role, error in (("k", row.key_error), ("v", row.value_error)):
