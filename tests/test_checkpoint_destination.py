@@ -176,6 +176,17 @@ def test_a_single_file_may_have_its_result_beside_it_but_not_over_it(tmp_path) -
         convert(src, outside, overwrite=True)
 
 
+def test_a_destination_around_the_source(tmp_path) -> None:
+    src = write_model(tmp_path / "dst" / "sub")
+    convert(src, tmp_path / "dst", overwrite=True)
+    (src / "sub").mkdir()
+    (src / "sub" / "tokenizer.json").write_text("would fall on the source's own")
+    before = contents(src)
+    with pytest.raises(ValueError, match="is the source's"):
+        convert(src, tmp_path / "dst", overwrite=True)
+    assert contents(src) == before
+
+
 def limited(src: Path, dst: Path, code: str) -> subprocess.CompletedProcess[str]:
     """A run in a process of its own, where `code` has made things worse before."""
     call = f"from gqa_ext.convert import convert_checkpoint\nconvert_checkpoint({str(src)!r}, {str(dst)!r}, 2)"

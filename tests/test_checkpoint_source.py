@@ -9,7 +9,7 @@ import pytest
 from checkpoints import contents, llama, write_model
 from safetensors.numpy import load_file, save_file
 
-from gqa_ext.convert import convert_checkpoint
+from gqa_ext.convert import convert_checkpoint, pool_heads
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
@@ -171,3 +171,51 @@ def test_only_headers_are_read_before_a_refusal(tmp_path) -> None:
 )
 def test_arguments(src, argument, value, error, match) -> None:
     refused(src, error, match, **{argument: value})
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "f8"])
+def test_an_npz_becomes_a_safetensors_file(tmp_path, dtype) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {f"{name}_proj.weight": rng.standard_normal((32, 32)).astype(dtype) for name in ("q", "k", "v", "out")}
+    tensors |= {"flag": np.array([True, False]), "empty": np.empty((0, 3)), "steps": np.array(7)}
+    np.savez(tmp_path / "attention.npz", **tensors)
+    report = convert_checkpoint(tmp_path / "attention.npz", tmp_path / "dst", 2, num_heads=8, progress=False)
+    new = load_file(tmp_path / "dst" / "attention.safetensors")
+    assert list(report.files) == ["attention.safetensors"]
+    assert new.keys() == tensors.keys()
+    for name, array in tensors.items():
+        want = pool_heads(array, 8, 2) if name[:2] in ("k_", "v_") else array
+        assert (new[name].dtype, new[name].tobytes()) == (want.dtype, want.tobytes())
+
+
+def test_an_npz_that_cannot_be_read_as_it_lies(tmp_path) -> None:
+    sound = {f"{name}_proj.weight": np.ones((32, 32), "f4") for name in ("q", "k", "v", "out")}
+    src = tmp_path / "src"
+    src.mkdir()
+    bad = {
+        "compressed": lambda path: np.savez_compressed(path, **sound),
+        "pickled objects": lambda path: np.savez(path, **(sound | {"x": np.array([{}])})),
+        "order": lambda path: np.savez(path, **(sound | {"x": np.ones((2, 3), order="F")})),
+        "big-endian": lambda path: np.savez(path, **(sound | {"x": np.ones(3, ">f4")})),
+        "no sound": lambda path: path.write_bytes(b"PK\x03\x04 or so"),
+        "dtype": lambda path: np.savez(path, **(sound | {"x": np.array(["text"])})),
+    }
+    for match, make in bad.items():
+        make(src / "a.npz")
+        with pytest.raises(ValueError, match=rf"a\.npz: .*{match}"):
+            convert_checkpoint(src / "a.npz", tmp_path / "dst", 2, num_heads=8)
+        assert not (tmp_path / "dst").exists()
+
+
+def test_damaged_npz_files(tmp_path) -> None:
+    tensors = {f"{name}_proj.weight": np.ones((8, 8), "f4") for name in ("q", "k", "v", "out")}
+    np.savez(tmp_path / "sound.npz", **tensors)
+    data, rng = (tmp_path / "sound.npz").read_bytes(), np.random.default_rng(1)
+    for i in range(300):
+        broken = bytearray(data)
+        broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
+        (tmp_path / "a.npz").write_bytes(broken[: rng.integers(len(broken))] if i % 3 == 0 else broken)
+        try:
+            convert_checkpoint(tmp_path / "a.npz", tmp_path / f"dst{i}", 2, num_heads=8, progress=False)
+        except ValueError as error:
+            assert not (tmp_path / f"dst{i}").exists(), error  # noqa: PT017

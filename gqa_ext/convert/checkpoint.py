@@ -69,8 +69,8 @@ class Checkpoint:
     def digest(self, *choices: str) -> str:
         """Names this plan over this state of the source."""
         stamps = [stamp_of(path.stat()) for path in self.source.files()]
-        whole = repr((self.names, self.shards, self.texts, [shard.stamp for shard in self.source.shards.values()]))
-        return hashlib.sha256(repr((whole, stamps, choices)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        whole = repr((self.names, self.shards, self.texts, self.plan.layers, stamps, choices))
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def convert_checkpoint(
@@ -99,7 +99,8 @@ def convert_checkpoint(
     ----------
     src : str or path-like
         A Hugging Face folder (config.json with model.safetensors or shards and their index), or one .safetensors file
-        with config.json beside it; without one it is a lone state dict, which needs `num_heads`.
+        with config.json beside it; without one it is a lone state dict, which needs `num_heads`. An .npz of
+        `numpy.savez` is taken as well and becomes a .safetensors file.
     dst : str or path-like
         A folder that is not there or is empty, outside the source. It appears when all is done.
     num_kv_heads : int or sequence of int
@@ -194,7 +195,7 @@ def plan_checkpoint(src: str | os.PathLike[str], num_kv_heads: int | Sequence[in
 def _with_file(message: str, source: Source) -> str:
     """The message with the file of the tensor that it names, else of the config."""
     named = [name for name in source.tensors if f"tensor {name} " in message]
-    where = source.folder / (source.shard_of(max(named, key=len)) if named else CONFIG)
+    where = source.shards[source.shard_of(max(named, key=len))].path if named else source.folder / CONFIG
     if not named and source.config_text is None:
         where = source.path
     call, _, rest = message.partition("(): ")
@@ -218,13 +219,13 @@ def _chunk(max_memory: Any) -> int:
 
 def _parts(shard: Shard, plan: ModelPlan, source: Source) -> tuple[Part, ...]:
     """Header and tensors of one file; stretches that stay are joined."""
-    header, data_start = shard.header, len(shard.header.text)
+    header = shard.header
     dropped = set(plan.dropped) & header.tensors.keys()
     shapes = {name: _shape(name, plan, source) for name in plan.tensors.keys() & header.tensors.keys()}
     parts: list[Part] = [Given(reshape_header(header, shapes, dropped))]
     for name in header.data_order:
         info = header.tensors[name]
-        moved = info._replace(start=data_start + info.start)
+        moved = info._replace(start=shard.data_start + info.start)
         last = parts[-1]
         if name in dropped:
             continue
@@ -253,7 +254,7 @@ def _join(name: str, plan: ModelPlan, source: Source) -> Join:
         info = shard.header.tensors[part]
         if info.dtype != source.tensors[name].dtype:
             raise ValueError(f"{CALL}(): {shard.path}: tensor {part} has dtype {info.dtype}, tensor {name} another")
-        reads.append((os.fspath(shard.path), len(shard.header.text) + info.start, info.nbytes))
+        reads.append((os.fspath(shard.path), shard.data_start + info.start, info.nbytes))
     dtype = DTYPES[source.tensors[name].dtype][1]
     assert dtype is not None  # plan_model pools four dtypes
     return Join(tuple(reads), dtype, plan.tensors[name])

@@ -50,6 +50,7 @@ class Destination:
         given = os.fspath(dst)
         self.path = Path(os.path.realpath(given))
         self._overwrite = overwrite
+        self._sources = {os.path.realpath(path) for path in (source.folder, *source.files())}
         self._work = self.path.parent / f".{self.path.name}.gqa-ext"
         if self.path.is_dir() and not os.path.lexists(self._work):
             self._work = self.path / ".gqa-ext"
@@ -72,6 +73,8 @@ class Destination:
         for name in names:
             for place in (*reversed(Path(name).parents[:-1]), Path(name)):
                 _check_place(self.path / place, place == Path(name))
+                if str(self.path / place) in self._sources:
+                    raise ValueError(f"{CALL}: {self.path / place} is the source's; pass a dst apart from it")
 
     @contextlib.contextmanager
     def opened(self, digest: str, names: list[str]) -> Iterator[tuple[Path, dict[str, Any] | None]]:

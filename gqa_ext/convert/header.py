@@ -20,7 +20,9 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-__all__ = ["DTYPES", "Header", "TensorInfo", "format_header", "parse_header", "read_header", "reshape_header"]
+__all__ = [
+    "DTYPES", "Header", "TensorInfo", "dtype_name", "format_header", "parse_header", "read_header", "reshape_header",
+]  # fmt: skip
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
 MAX_DIMS = 64  # NumPy's
@@ -51,6 +53,17 @@ DTYPES: dict[str, tuple[int, np.dtype[Any] | None]] = {
     "F6_E3M2": (6, None),
     "F4": (4, None),
 }
+
+
+_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The file's word for a dtype of NumPy, whatever its byte order."""
+    found = _NAMES.get(dtype.newbyteorder("<"))
+    if found is None:
+        raise ValueError(f"dtype {dtype}; safetensors holds {', '.join(map(str, _NAMES))}")
+    return found
 
 
 def _bits(dtype: object) -> int:

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .header import DTYPES, TensorInfo, format_header, parse_header, read_header
+from .header import DTYPES, TensorInfo, dtype_name, format_header, parse_header, read_header
 
 __all__ = ["SafetensorsFile", "TensorInfo", "parse_header", "save", "write"]
 
-_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
 
 
 class SafetensorsFile(Mapping[str, NDArray[Any]]):
@@ -120,13 +119,10 @@ def save(
 
 
 def _dtype_name(name: str, array: NDArray[Any]) -> str:
-    found = _NAMES.get(array.dtype.newbyteorder("<"))
-    if found is None:
-        raise TypeError(
-            f"save(): tensor {name!r} has dtype {array.dtype}; safetensors holds {', '.join(map(str, _NAMES))}; "
-            "convert it with .astype()"
-        )
-    return found
+    try:
+        return dtype_name(array.dtype)
+    except ValueError as error:
+        raise TypeError(f"save(): tensor {name!r} has {error}; convert it with .astype()") from None
 
 
 def _little_endian_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """What is converted: the files of a checkpoint, found and proven sound by their headers alone.
 
 A source is a Hugging Face folder (config.json, model.safetensors or shards with their index) or one
-.safetensors file, with config.json beside it unless it is a lone state dict. Links are followed: in a Hub
+.safetensors or .npz file, with config.json beside it unless it is a lone state dict. Links are followed: in a Hub
 cache every file is one. Nothing is trusted: an index may be hostile, a shard cut short, a file a pipe.
 Nothing is written here. Called by checkpoint.py.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .header import MAX_HEADER, Header, TensorInfo, read_header
+from .npz import read_npz
 
 __all__ = ["Shard", "Source", "Stamp", "open_source", "plain_name", "stamp_of"]
 
@@ -48,11 +49,12 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 class Shard(NamedTuple):
-    """One safetensors file."""
+    """One file of weights."""
 
     path: Path
     stamp: Stamp
     header: Header
+    data_start: int  # what the tensors' starts count from
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Source:
     config, index : dict
     index_name : str
     shards : dict of str to Shard
-        By file name, in the order of the index.
+        By file name in the result, in the order of the index.
     companions : dict of str to Path
         Small files that go along, by their name relative to the folder.
     skipped : tuple of str
@@ -113,14 +115,14 @@ def open_source(src: str | os.PathLike[str]) -> Source:
     folder = path.parent if alone else path
     if path.name.endswith(PICKLES) and alone:
         refuse_pickle(path)
-    if alone and path.suffix != ".safetensors":
-        raise ValueError(f"{CALL}: src {path} is no .safetensors file; a model folder or such a file was wanted")
+    if alone and path.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"{CALL}: src {path} is no .safetensors or .npz; a model folder or such a file was wanted")
     config_text = _read_text(folder / CONFIG) if not alone or os.path.lexists(folder / CONFIG) else None
     config = {} if config_text is None else _parse_object(folder / CONFIG, config_text)
     index_name, index_text = ("", None) if alone else _find_index(folder)
     index = {} if index_text is None else _parse_object(folder / index_name, index_text)
     names = [path.name] if alone else _shard_names(folder, index_name, index)
-    shards = {name: _open_shard(folder / name) for name in names}
+    shards = {_result_name(name): _open_shard(folder / name) for name in names}
     _check_unique(shards)
     if index_text is not None:
         _check_index(folder / index_name, index["weight_map"], shards)
@@ -217,9 +219,18 @@ def _open_shard(path: Path) -> Shard:
     _regular(path)
     with open(path, "rb") as file:
         try:
-            return Shard(path, stamp_of(os.fstat(file.fileno())), read_header(file))
+            stamp = stamp_of(os.fstat(file.fileno()))
+            if path.suffix == ".npz":
+                return Shard(path, stamp, read_npz(path), 0)
+            header = read_header(file)
+            return Shard(path, stamp, header, len(header.text))
         except ValueError as error:
             raise ValueError(f"{CALL}: {path}: {error}") from None
+
+
+def _result_name(name: str) -> str:
+    """What a file of weights becomes: always safetensors."""
+    return f"{name.removesuffix('.npz')}.safetensors" if name.endswith(".npz") else name
 
 
 def _check_unique(shards: dict[str, Shard]) -> None:
