@@ -32,7 +32,7 @@ __all__ = ["Checkpoint", "convert_checkpoint", "plan_checkpoint"]
 CALL = "convert_checkpoint"
 DEFAULT_MEMORY, LEAST_MEMORY = 256_000_000, 24_000_000  # bytes above the interpreter
 OVERHEAD = 12_000_000  # of them for modules, headers, threads and what their allocators keep
-MAX_CHUNK, MIN_CHUNK = 1 << 22, 1 << 16
+MAX_CHUNK, MIN_CHUNK = 1 << 20, 1 << 16  # a ring of the former stays in the cache between its threads
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ __all__ = ["CHUNKS", "LANES", "FileRecord", "FileTask", "fsync_folder", "run_tas
 LANES = 2  # tasks that run at once in one process
 _RING = 4  # buffers of a task: one is filled, one hashed, one written, one in reserve
 CHUNKS = _RING + 4  # of memory for each lane: the ring, the members of a pooled piece, and a copy of them, twice over
+# The disk begins with what lies before a multiple of this: a page on its way there would make the next write wait.
+_SETTLED = 1 << 21
 Tick = Callable[[int], None]
 
 _lanes = threading.BoundedSemaphore(LANES)
@@ -165,7 +167,7 @@ class _Ring:
 
     def __init__(self, file: int, chunk: int) -> None:
         self.hash = hashlib.sha256()
-        self._file, self._end = file, 0
+        self._file, self._end, self._settled = file, 0, 0
         self._buffers = [bytearray(chunk) for _ in range(_RING)]
         self._pending: list[list[Future[None]]] = [[] for _ in range(_RING)]
         self._turn = 0
@@ -205,8 +207,10 @@ class _Ring:
         done = 0
         while done < len(data):
             done += os.pwrite(self._file, data[done:], start + done)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, start, len(data), os.POSIX_FADV_DONTNEED)
+        settled = (start + len(data)) // _SETTLED * _SETTLED
+        if settled > self._settled and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, self._settled, settled - self._settled, os.POSIX_FADV_DONTNEED)
+            self._settled = settled
 
 
 def write_text(path: Path, text: str, attempt: str) -> None:
