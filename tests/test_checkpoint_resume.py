@@ -171,3 +171,31 @@ def test_a_destination_in_work_is_refused(src, tmp_path, exists) -> None:
         first.join()
     convert(src, tmp_path / "whole")
     assert contents(dst) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", range(1, 14))
+def test_killed_between_any_two_renames(src, tmp_path, step) -> None:
+    """The last steps one by one: each file of the result is renamed into a folder that is there."""
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    for name in ("config.json", "model.safetensors.index.json", "model.safetensors"):
+        (dst / name).write_text("{}")
+
+    def run() -> None:
+        replace, left = os.replace, [step]
+
+        def counted(old, new) -> None:
+            if Path(new).parent == dst:
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+
+        os.replace = counted
+        convert(src, dst, overwrite=True)
+
+    in_child(run, None)
+    assert not (dst / "config.json").exists() or step > 11  # nobody loads a mixture
+    convert(src, dst, overwrite=True)
+    convert(src, tmp_path / "whole")
+    assert contents(dst) == contents(tmp_path / "whole")

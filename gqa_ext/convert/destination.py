@@ -119,6 +119,9 @@ class Destination:
         for path in sorted(self._work.glob(f"*/{_PUBLISH}")):
             plan = json.loads(path.read_text(encoding="utf-8"))
             self._rename(path.parent / "files", plan["names"], plan["stale"])
+            for part in ("files", "done"):
+                shutil.rmtree(path.parent / part, ignore_errors=True)
+            path.unlink()  # last: until then a run that is killed here comes back to here
             shutil.rmtree(path.parent)
             if path.parent.name == digest:
                 return dict(plan["report"])
@@ -132,7 +135,8 @@ class Destination:
         if not files.exists():  # killed after the one rename
             return
         for name in stale:
-            (self.path / name).unlink(missing_ok=True)
+            if name not in names or (files / name).exists():  # else it is the new one: an earlier run came this far
+                (self.path / name).unlink(missing_ok=True)
         for name in names:
             if not (files / name).exists():
                 continue
@@ -148,7 +152,7 @@ class Destination:
         if not self.path.is_dir():
             return []
         found = [CONFIG, INDEX, WEIGHTS]
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             shards = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
             found += [name for name in dict.fromkeys(shards) if plain_name(name) and name.endswith(".safetensors")]
         return [name for name in found if name in (CONFIG, INDEX) or name not in names]
