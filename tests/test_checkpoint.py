@@ -227,3 +227,27 @@ def test_small_pieces_give_the_same_bits(tmp_path, dtype, monkeypatch) -> None:
         assert report.files == whole.files
         for ours, theirs in zip(report.layers, whole.layers, strict=True):
             assert math.isclose(ours.key_error, theirs.key_error, rel_tol=1e-9)
+
+
+def test_norms_of_which_each_head_has_its_own_are_joined_and_dropped(tmp_path) -> None:
+    src = write_model(tmp_path / "src", shards=1, model_type="stablelm", layers=2)
+    rng, tensors = np.random.default_rng(3), load_file(src / "model.safetensors")
+    norm = "model.layers.{}.self_attn.k_layernorm.norms.{}.weight"
+    for layer in range(2):
+        tensors |= {norm.format(layer, head): rng.standard_normal(HEAD_DIM).astype("f4") for head in range(HEADS)}
+    (src / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, src / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (src / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert_checkpoint(src, tmp_path / "dst", 2, progress=False)
+    new = tensors_of(tmp_path / "dst")
+    new_index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())
+    assert new_index["weight_map"].keys() == new.keys()
+    assert len(new) == len(tensors) - 2 * 6
+    for layer in range(2):
+        for head in range(2):
+            stack = np.concatenate([tensors[norm.format(layer, 4 * head + i)] for i in range(4)])
+            np.testing.assert_array_equal(new[norm.format(layer, head)], pool_heads(stack, 4, 1))
