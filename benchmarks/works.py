@@ -70,10 +70,10 @@ class Work:
         return self.flops if self.unit == "FLOP" else self.kv_nbytes
 
 
-def _decode(name: str, seq_k: int, num_kv_heads: int, batch: int = 1) -> Work:
+def _decode(name: str, seq_k: int, num_kv_heads: int, batch: int = 1, read: float = 0.7) -> Work:
     return Work(
         name, 1, seq_k, num_kv_heads=num_kv_heads, batch=batch, unit="B", contenders=(OURS, *PEERS, READ),
-        floors={READ: 0.7, TORCH: 1.0, ORT: 1.0},
+        floors={READ: read, TORCH: 1.0, ORT: 1.0},
     )  # fmt: skip
 
 
@@ -84,11 +84,13 @@ def _half_prefill(dtype: str) -> Work:
     )  # fmt: skip
 
 
-def _half_decode(dtype: str, shape: str, seq_k: int, num_heads: int, floors: dict[str, float]) -> Work:
+def _half_decode(
+    dtype: str, shape: str, seq_k: int, num_heads: int, floors: dict[str, float], num_kv_heads: int = 8
+) -> Work:
     contenders = (OURS, TORCH, READ) if dtype == "bfloat16" else (OURS, TORCH, ORT, READ)  # ORT has no bfloat16 here
     return Work(
-        f"{dtype} decode {shape}, D=128", 1, seq_k, num_heads, dtype=dtype, unit="B", contenders=contenders,
-        floors=floors,
+        f"{dtype} decode {shape}, D=128", 1, seq_k, num_heads, num_kv_heads, dtype=dtype, unit="B",
+        contenders=contenders, floors=floors,
     )  # fmt: skip
 
 
@@ -101,16 +103,17 @@ WORKS = (
          contenders=(OURS, TORCH, NUMPY, GEMM), floors={GEMM: 0.75}),
     Work("16 new rows, 4096 keys, 32/8, D=128", 16, 4096, is_causal=True, floors={GEMM: 0.5}),
     _decode("decode 4k keys, 32/8, D=128", 4096, 8),
-    _decode("decode 16k keys, 32/8, D=128", 16384, 8),
-    _decode("decode 4k keys, 32/32, D=128", 4096, 32),
+    _decode("decode 16k keys, 32/8, D=128", 16384, 8, read=0.85),
+    _decode("decode 4k keys, 32/32, D=128", 4096, 32, read=0.9),
     _decode("decode 16k keys, 32/32, D=128", 16384, 32),
     _decode("decode 8 x 2k keys, 32/8, D=128", 2048, 8, batch=8),
     _decode("decode 8 x 2k keys, 32/32, D=128", 2048, 32, batch=8),
     _half_prefill("bfloat16"),
     _half_prefill("float16"),
-    _half_decode("float16", "16k keys, 32/8", 16384, 32, {READ: 0.7, TORCH: 3.0, ORT: 2.0}),
-    _half_decode("bfloat16", "16k keys, 32/8", 16384, 32, {READ: 0.7, TORCH: 3.0}),
+    _half_decode("float16", "16k keys, 32/8", 16384, 32, {READ: 0.8, TORCH: 3.0, ORT: 2.0}),
+    _half_decode("bfloat16", "16k keys, 32/8", 16384, 32, {READ: 0.8, TORCH: 3.0}),
     _half_decode("float16", "4k keys, 64/8", 4096, 64, {TORCH: 3.0, ORT: 1.3}),
+    _half_decode("float16", "4k keys, 32/1", 4096, 32, {TORCH: 1.0, ORT: 1.0}, num_kv_heads=1),
     Work("call: one query, one key, 8/2, D=64", 1, 1, 8, 2, 64, contenders=(OURS, *PEERS), floors={TORCH: 1 / 1.5}),
     Work("AVX2 only: prefill 2048 causal, 32/8, D=128", 2048, 2048, is_causal=True, contenders=(OURS, WIDEST, GEMM),
          floors={WIDEST: 0.75, GEMM: 0.75}, any_floor=True, isa="avx2", coretype="Haswell"),

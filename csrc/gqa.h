@@ -113,10 +113,11 @@ enum gqa_status gqa_pool_heads_run(const struct gqa_pool_heads *problem, struct 
 /* Rotary position embedding: in each row of x, pair i of the first 2 * pairs elements is turned by
  * position * frequencies[i] and made scale times as long; the elements after them stay.  Computed in double. */
 struct gqa_rope {
-    struct gqa_array x;         /* (..., H, S, D) or (S, D), any float dtype */
-    struct gqa_array out;       /* x's shape and dtype; same memory as x or disjoint */
-    struct gqa_array positions; /* int64, native, (S,) or (..., S) broadcasting to x's dimensions before H; absent: 0.. */
-    const double *frequencies;  /* (pairs,) */
+    struct gqa_array x;   /* (..., H, S, D) or (S, D), any float dtype */
+    struct gqa_array out; /* x's shape and dtype; same memory as x or disjoint */
+    struct gqa_array
+        positions; /* int64, native, (S,) or (..., S) broadcasting to x's dimensions before H; absent: 0.. */
+    const double *frequencies; /* (pairs,) */
     int64_t pairs;
     double scale;
     bool interleaved; /* pairs are neighbours; else pair i is elements i and i + pairs */

@@ -8,7 +8,7 @@
 #include "kernels.h"
 
 enum {
-    GQA_SPAN = 2048, /* keys whose part is made without a merge, and one stream: a multiple of the key tile */
+    GQA_SPAN = 2048,           /* keys whose part is made without a merge, and one stream: a multiple of the key tile */
     GQA_TILES_PER_UNIT = 8,    /* row tiles that share each loaded K/V tile, at most */
     GQA_UNITS_PER_THREAD = 16, /* enough for an even load when units differ */
     GQA_CHUNKS_PER_THREAD = 64, /* of few rows: a thread that ends early waits for at most one of them */

@@ -109,17 +109,22 @@ static const char *from_first(const struct gqa_plan *plan, const struct step *st
     return rows->data + (step->first - keys->first) * rows->stride * (int64_t)size;
 }
 
-/* Scores or weights times the scales of int8 rows.  A weight of 0 stays so: the scale of a masked slot may be NaN. */
+/* Scores or weights times the scales of int8 rows.  A masked weight stays 0, also beside a scale that is NaN. */
 static void scale_few(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *scales,
                       const struct step *step, bool weights) {
     const int count = (int)(step->end - step->first);
-    float scale[GQA_KEY_TILE];
+    float scale[GQA_KEY_TILE] = {0};
     gqa_view_scales(plan, scales, unit, step->first, count, scale);
+    if (!weights || !step->masked) {
+        plan->kernels->blend(step->scores, NULL, GQA_KEY_TILE, step->rows,
+                             (int)gqa_round_up(count, plan->kernels->lanes), scale, NULL, false);
+        return;
+    }
     for (int r = 0; r < step->rows; r++) {
         float *x = (float *)(void *)step->scores + r * GQA_KEY_TILE;
         for (int j = 0; j < count; j++) {
             const float scaled = x[j] * scale[j];
-            x[j] = weights && x[j] == 0 ? x[j] : scaled;
+            x[j] = x[j] == 0 ? x[j] : scaled;
         }
     }
 }

@@ -40,16 +40,29 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
 
 /* ---- keys of a sequence, which may be those of a cache ---- */
 
+/* Blocks that follow each other in memory are one run. */
+static struct gqa_run blocks_run(const struct gqa_plan *plan, const struct gqa_operand *operand,
+                                 const struct gqa_unit *unit, int64_t first, int64_t count) {
+    const int64_t rows = plan->run_rows, row = first % rows, step = plan->block_table.column;
+    const char *entry = gqa_operand_at(plan, &plan->block_table, unit->sequence, 0) + first / rows * step;
+    int64_t block, next;
+    memcpy(&block, entry, sizeof block);
+    const char *at = operand->data + unit->kv_head * operand->head + block * operand->block + row * operand->row;
+    struct gqa_run run = {at, rows - row};
+    if (operand->block == rows * operand->row)
+        for (; run.count < count; run.count += rows, block = next) {
+            memcpy(&next, entry += step, sizeof next);
+            if (next != block + 1) break;
+        }
+    run.count = gqa_min(run.count, count);
+    return run;
+}
+
 struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
                             int64_t first, int64_t count) {
+    if (plan->block_table.data) return blocks_run(plan, operand, unit, first, count);
     const int64_t row = first % plan->run_rows;
     const char *at = gqa_operand_at(plan, operand, unit->sequence, unit->kv_head) + row * operand->row;
-    if (plan->block_table.data) {
-        const char *table = gqa_operand_at(plan, &plan->block_table, unit->sequence, 0);
-        int64_t block;
-        memcpy(&block, table + first / plan->run_rows * plan->block_table.column, sizeof block);
-        at += block * operand->block;
-    }
     return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
 }
 

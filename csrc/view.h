@@ -42,8 +42,7 @@ struct gqa_piece {
 /* The piece that begins with key `first` and ends at `end` or before, at most a tile: in place also where a kernel
  * widens rows as it reads; int8 is left as it is. */
 struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
-                                 void *scratch);
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width, void *scratch);
 
 /* Rows of bfloat16, whatever lies there: rows that were loaded to scratch become bfloat16 again, there. */
 struct gqa_rows gqa_narrow_rows(const struct gqa_plan *plan, struct gqa_rows rows, int64_t count, int64_t width,

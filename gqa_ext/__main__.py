@@ -5,6 +5,7 @@ Each word is a function that takes the parsed arguments and returns an exit code
 """
 
 import argparse
+import math
 import os
 import sys
 import textwrap
@@ -21,6 +22,44 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def generate(arguments: argparse.Namespace) -> int:
+    """Continue a text, and show what it took."""
+    from . import generate
+
+    options = {name: setting for name, setting in vars(arguments).items() if name != "run"}
+    try:
+        for piece in generate.run(**options):
+            show(piece)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
+        print(f"gqa-ext generate: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def show(piece: str) -> None:
+    """Print a piece of text at once; what the terminal's encoding lacks is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(piece.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
+def whole(text: str) -> int:
+    """A number above 0 on the command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def temperature(text: str) -> float:
+    """A finite number, at least 0."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise ValueError
+    return number
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; on a wrong one print the usage and exit with 2."""
     parser = argparse.ArgumentParser("gqa-ext", description="Grouped-query attention on NumPy arrays.")
@@ -32,7 +71,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "cache bytes, decode time, bits per byte. Takes seconds; needs no network and writes no file.",
     )
     word.set_defaults(run=demo)
+    add_generate(words)
     return parser.parse_args(arguments)
+
+
+def add_generate(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The word `generate`."""
+    word = words.add_parser(
+        "generate",
+        help="continue a text with the shipped model, a Hugging Face folder or a .gguf file",
+        description="Continue a text with a Llama-like model (Llama, Mistral, Qwen2, Qwen3). The text is shown as it "
+        "comes, then tokens per second and the bytes of keys and values.",
+    )
+    word.add_argument(
+        "path", metavar="PATH", nargs="?", default="tiny",
+        help="a folder with config.json and safetensors, a .gguf file, or tiny, the model in this package (default)",
+    )  # fmt: skip
+    word.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    word.add_argument("--max-new-tokens", type=whole, default=200, metavar="N", help="at most so many (default 200)")
+    word.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+    )
+    word.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
+    word.add_argument(
+        "--kv-dtype", choices=("float32", "float16", "bfloat16", "int8"), default="float32",
+        help="what keys and values are kept in (default float32)",
+    )  # fmt: skip
+    word.add_argument(
+        "--num-kv-heads", type=whole, metavar="H", help="pool the key/value heads to so many, by their mean"
+    )
+    word.set_defaults(run=generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -169,14 +169,15 @@ def decode_times(models: Sequence[Llama], num_keys: int) -> list[float]:
     """
     rng = np.random.default_rng(0)
     caches = [model.new_cache(num_keys + 1) for model in models]
-    for store in itertools.chain.from_iterable((cache.keys, cache.values) for cache in caches):
-        rng.random(out=store, dtype=np.float32)
+    for cache in itertools.chain.from_iterable(caches):
+        cache.append(*rng.random((2, 1, cache.num_kv_heads, num_keys, cache.head_dim), dtype=np.float32))
     times: list[list[float]] = [[] for _ in models]
     for _ in tqdm(range(ROUNDS + 1), desc="decoding", disable=None, leave=False):
-        for model, cache, measured in zip(models, caches, times, strict=True):
-            cache.length = num_keys
+        for model, layers, measured in zip(models, caches, times, strict=True):
+            for cache in layers:
+                cache.crop(num_keys)
             start = time.perf_counter()
-            model.forward([0], cache)
+            model.forward([0], layers)
             measured.append(1000 * (time.perf_counter() - start))
     return [statistics.median(measured[1:]) for measured in times]
 

@@ -135,10 +135,9 @@ class PagedKVCache:
         self.num_kv_heads = as_int(call, "num_kv_heads", num_kv_heads, 1)
         self.head_dim = as_int(call, "head_dim", head_dim, 1)
         self.dtype = as_cache_dtype(call, dtype)
-        shape = (self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        self._keys, self._key_scales = make_store(shape, self.dtype)
-        self._values, self._value_scales = make_store(shape, self.dtype)
-        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._keys, self._key_scales = self._make_blocks()
+        self._values, self._value_scales = self._make_blocks()
+        self._free = _FreeBlocks(self.num_blocks)
         self._users = [0] * self.num_blocks  # sequences that have each block
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
@@ -242,6 +241,12 @@ class PagedKVCache:
 
     # ---- blocks ----
 
+    def _make_blocks(self) -> tuple[Array, Array | None]:
+        """Blocks (N, Hkv, rows, D), where a head's rows of the next block follow at once: a long stream to read."""
+        shape = (self.num_kv_heads, self.num_blocks, self.block_size, self.head_dim)
+        rows, scales = make_store(shape, self.dtype)
+        return rows.swapaxes(0, 1), None if scales is None else scales.swapaxes(0, 1)
+
     def _arrays(self) -> list[Array]:
         stores = (self._keys, self._values, self._key_scales, self._value_scales)
         return [array for array in stores if array is not None]
@@ -263,7 +268,7 @@ class PagedKVCache:
     def _release(self, block: int) -> None:
         self._users[block] -= 1
         if self._users[block] == 0:
-            self._free.append(block)
+            self._free.give(block)
 
     def _take_blocks(self, call: str, sequences: list["_Sequence"], counts: list[int]) -> None:
         """Room for so many more rows in blocks that nobody else has; all of it or none."""
@@ -286,17 +291,17 @@ class PagedKVCache:
             self._unshare(sequence)
         for sequence, more in zip(sequences, counts, strict=True):
             while len(sequence.blocks) * size < sequence.length + more:
-                sequence.push(self._take())
+                sequence.push(self._take(sequence.blocks))
 
-    def _take(self) -> int:
-        block = self._free.pop()
+    def _take(self, before: list[int]) -> int:
+        block = self._free.take(before[-1] if before else None)
         self._users[block] = 1
         return block
 
     def _unshare(self, sequence: "_Sequence") -> None:
         """A copy of the last block, which others have too."""
-        mine = self._take()
         theirs = sequence.blocks.pop()
+        mine = self._take(sequence.blocks)
         for array in self._arrays():
             array[mine] = array[theirs]
         self._release(theirs)
@@ -324,6 +329,36 @@ class _Sequence:
             self.row = np.concatenate([self.row, np.zeros_like(self.row)])
         self.row[len(self.blocks)] = block
         self.blocks.append(block)
+
+
+class _FreeBlocks:
+    """Blocks that nobody has. A sequence gets the one behind its last, if it can, and begins in the widest gap."""
+
+    def __init__(self, count: int) -> None:
+        self._is_free = np.ones(count, bool)
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def give(self, block: int) -> None:
+        self._is_free[block] = True
+        self._count += 1
+
+    def take(self, last: int | None) -> int:
+        """There is one."""
+        behind = 0 if last is None else last + 1
+        block = behind if behind < len(self._is_free) and self._is_free[behind] else self._in_widest_gap()
+        self._is_free[block] = False
+        self._count -= 1
+        return block
+
+    def _in_widest_gap(self) -> int:
+        """Its middle, as another sequence may be growing into its start."""
+        edges = np.flatnonzero(np.diff(self._is_free, prepend=False, append=False)).reshape(-1, 2)
+        begin, end = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
+        middle: int = (begin + end) // 2
+        return middle
 
 
 def _as_ids(call: str, ids: Any) -> list[int]:

@@ -16,9 +16,11 @@ from gqa_ext import (
     _runtime,
     attention,
     bias,
+    cache,
     kv_cache_nbytes,
     merge,
     module,
+    paged,
     repeat_kv,
     rope,
     scaled_dot_product_attention,
@@ -283,7 +285,7 @@ def test_set_num_threads_is_read_back() -> None:
         gqa_ext.set_num_threads(before)
 
 
-MODULES = [gqa_ext, attention, bias, merge, module, rope, testing, _runtime]
+MODULES = [gqa_ext, attention, bias, cache, merge, module, paged, rope, testing, _runtime]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from gqa_ext import __main__, demo, llama
+from gqa_ext import KVCache, __main__, demo, llama
 
 SMALL = {"text": b"A short text that costs little time.\n" * 8, "num_keys": 300}
 
@@ -77,15 +77,17 @@ def test_the_text_is_the_models(model, report):
     assert report.text.encode("ascii") == wanted
 
 
-def test_decoding_is_timed_at_the_context_it_names(model):
-    lengths = []
+def test_decoding_is_timed_at_the_context_it_names(model, monkeypatch):
+    shapes = []
+    attend = KVCache.attend
 
-    def spy(query, key, value, **rules):
-        lengths.append((query.shape[-2], key.shape[-2]))
-        return model.attention(query, key, value, **rules)
+    def spy(cache, query, **rules):
+        shapes.append((query.shape[-2], *cache.lengths))
+        return attend(cache, query, **rules)
 
-    demo.decode_times([dataclasses.replace(model, attention=spy)], 70)
-    assert set(lengths) == {(1, 71)}
+    monkeypatch.setattr(KVCache, "attend", spy)
+    demo.decode_times([model], 70)
+    assert set(shapes) == {(1, 71)}
 
 
 def test_the_oracle_is_the_tests_oracle():

@@ -142,10 +142,9 @@ def test_a_grouped_untied_model_equals_torch(tmp_path, dtype):
 def test_chunks_equal_the_whole(grouped, chunks, batch):
     tokens = np.random.default_rng(2).integers(0, 300, (*batch, 29))
     cache = grouped.new_cache(29, batch)
-    cache.keys[:] = cache.values[:] = np.nan  # what was not written is not read
     stops = np.cumsum(chunks)
     parts = [grouped.forward(tokens[..., stop - size : stop], cache) for size, stop in zip(chunks, stops, strict=True)]
-    assert cache.length == 29
+    assert all((layer.lengths == 29).all() and layer.capacity == 29 for layer in cache)
     np.testing.assert_allclose(np.concatenate(parts, axis=-2), grouped.forward(tokens), atol=2e-5)
 
 
@@ -228,7 +227,7 @@ def test_another_attention_can_be_put_in(tiny):
 
     dataclasses.replace(tiny, attention=spy).forward(b"abc")
     heads, dim = tiny.config.num_attention_heads, tiny.config.head_dim
-    assert shapes == [((heads, 3, dim), (heads, 3, dim))] * tiny.config.num_hidden_layers
+    assert shapes == [((1, heads, 3, dim), (1, heads, 3, dim))] * tiny.config.num_hidden_layers
 
 
 def test_full_cache(grouped):
@@ -236,7 +235,11 @@ def test_full_cache(grouped):
     grouped.forward([1, 2, 3], cache)
     with pytest.raises(ValueError, match="5 tokens wanted, capacity is 4"):
         grouped.forward([1, 2], cache)
-    assert cache.length == 3
+    assert [layer.lengths.tolist() for layer in cache] == [[3], [3]]  # no layer has taken anything
+    with pytest.raises(ValueError, match=r"1 sequences.*of 2 were wanted"):
+        grouped.forward([[1], [2]], cache)
+    with pytest.raises(ValueError, match=r"1 layers.*2 layers"):
+        grouped.forward([1], cache[:1])
 
 
 @pytest.mark.parametrize("tokens", [[], [[]], 3, [1.0], [-1], [300], "text"], ids=repr)
@@ -258,10 +261,20 @@ def test_defaults_and_newer_names(tmp_path):
     [
         ({"model_type": "gpt2"}, NotImplementedError, "model_type is 'gpt2'"),
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, NotImplementedError, "attention_bias"),
+        ({"attention_bias": True}, ValueError, r"k_proj\.bias is missing"),
+        ({"mlp_bias": True}, NotImplementedError, "mlp_bias"),
+        ({"model_type": "mistral", "attention_bias": True}, NotImplementedError, "attention_bias"),
         ({"quantization_config": {"bits": 4}}, NotImplementedError, "quantization_config"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, NotImplementedError, "linear"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, NotImplementedError, "llama3"),
+        ({"rope_scaling": {"type": "newest", "factor": 2.0}}, ValueError, "'newest'.*known are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, ValueError, "lacks factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, NotImplementedError, "layer type"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, NotImplementedError, "'linear_attention'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ValueError, "no sliding_window"),
+        ({"layer_types": ["full_attention"]}, ValueError, "a list of 2"),
+        ({"head_dim": "12"}, ValueError, "head_dim is '12'"),
+        ({"num_key_value_heads": 4}, ValueError, "4, which does not divide num_attention_heads 6"),
+        ({"model_type": "mistral", "sliding_window": 0}, ValueError, "sliding_window is 0"),
+        ({"rms_norm_eps": "small"}, ValueError, "rms_norm_eps"),
         ({"hidden_size": None}, ValueError, "hidden_size"),
         ({"num_attention_heads": None}, ValueError, "num_attention_heads"),
         ({"num_hidden_layers": 3}, ValueError, r"model\.layers\.2\..* is missing.* and 4 more"),
@@ -286,7 +299,7 @@ def test_files_it_cannot_read(tmp_path):
         with pytest.raises(ValueError, match=message):
             llama.load(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.index.json")
-    with pytest.raises(NotImplementedError, match="several files"):
+    with pytest.raises(ValueError, match="no sound UTF-8 JSON"):
         llama.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         llama.load(tmp_path / "nowhere")

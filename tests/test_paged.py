@@ -271,3 +271,24 @@ def test_ids() -> None:
     assert cache.free_blocks == 3
     assert repr(cache) == "PagedKVCache(3, 4, 1, 8, dtype='float32', sequences=1, free_blocks=3)"
     assert cache.nbytes == 3 * 4 * 8 * 2 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [3, 16])
+def test_blocks_that_follow_each_other_in_memory(block: int, dtype: str, isa: str) -> None:
+    """Head by head, as PagedKVCache lays them: neighbours are read as one run, and never past the last used one."""
+    lengths = [300, 41]
+    key, value = (rows(i, 2, 2, 300, 8, dtype=dtype) for i in (1, 2))
+    keys, values, table = scattered(key, value, lengths, block)
+    used = [int(x) for b in (0, 1) for x in table[b, : -(-lengths[b] // block)]]
+    used[5:9] = used[8:4:-1]  # here and there they do not
+    order = np.array(used + [n for n in range(len(keys)) if n not in used])
+    places = np.argsort(order)
+    by_head = [np.ascontiguousarray(x[order].swapaxes(0, 1)).swapaxes(0, 1) for x in (keys, values)]
+    moved = np.where(table >= 0, places[np.maximum(table, 0)], table)
+    for seq_q in (1, 30):
+        query = rows(0, 2, 4, seq_q, 8, dtype=dtype)
+        wanted = dense(query, key, value, kv_lengths=lengths)
+        same(paged_attention(query, *by_head, moved, lengths), wanted)
+        cut = moved[:, : -(-300 // block)]
+        same(paged_attention(query, *by_head, cut, lengths), wanted)
