@@ -6,7 +6,7 @@ reads it. A row that is not here is given by hand as ``layout=``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from .._messages import fail, kind
 
@@ -35,6 +35,8 @@ class Layout:
         or, with ``{head}`` in the name, a tensor for each head.
     kv_key : str, optional
         The config's entry for the number of key/value heads. None: it has none, so the format cannot express GQA.
+    fixed_heads : bool
+        What a head does depends on its number, as ALiBi's slopes do, so query heads cannot be permuted.
     head_dim : int, optional
         What an absent ``head_dim`` in the config means; None means hidden_size // num_attention_heads.
     """
@@ -50,6 +52,7 @@ class Layout:
     q_norm: str | None = None
     k_norm: str | None = None
     kv_key: str | None = "num_key_value_heads"
+    fixed_heads: bool = False
     head_dim: int | None = None
 
     @property
@@ -81,7 +84,12 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "gpt2": Layout(layer="h.{layer}.attn.", qkv="c_attn", o="c_proj", transposed=True, kv_key=None),
     "opt": Layout(o="out_proj", kv_key=None),
     "bloom": Layout(
-        layer="h.{layer}.self_attention.", qkv="query_key_value", fused="interleaved", o="dense", kv_key=None
+        layer="h.{layer}.self_attention.",
+        qkv="query_key_value",
+        fused="interleaved",
+        o="dense",
+        kv_key=None,
+        fixed_heads=True,
     ),
 }
 
@@ -121,7 +129,7 @@ def as_layout(call: str, layout: Any) -> Layout:
     return made
 
 
-def unknown(call: str, model_type: Any, nested: str | None) -> None:
+def unknown(call: str, model_type: Any, nested: str | None) -> NoReturn:
     """Refuse a config whose architecture is not in the table."""
     came = f"config.json has model_type {model_type!r:.60}"
     if nested:

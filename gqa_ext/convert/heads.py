@@ -92,7 +92,8 @@ class Part(NamedTuple):
     arrangement: str
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """One layer's attention as it is in the source."""
 
     index: int
@@ -158,7 +159,7 @@ def read_layer(
         parts += _with_bias(names, "k", shapes, axis, head_dim, "k")
         parts += _with_bias(names, "v", shapes, axis, v_head_dim, "v")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        name = names[layout.qkv and "qkv" or "k"]
+        name = names[(layout.qkv and "qkv") or "k"]
         _misfit(call, name, shapes[name], axis, f"a divisor of {num_heads} heads of head_dim {head_dim}")
     parts.append(Part(names["o"], 1 - axis, v_head_dim, "o"))
     per_head = {}
@@ -281,7 +282,8 @@ def change_layer(call: str, layer: Layer, pooling: Pooling) -> LayerChange:
         means = [{places[source]: weight for source, weight in sources(head).items()} for head in new]
         if [list(mean) for mean in means] != [[place] for place in range(len(old))]:
             tensors[part.name] = _slot_mean(part.axis, part.slot, means)
-    joined, dropped = {}, []
+    joined: dict[str, tuple[str, ...]] = {}
+    dropped: list[str] = []
     for role, names in layer.per_head.items():
         count = layer.num_heads if role == "q" else kv_heads
         dropped += names[count:]

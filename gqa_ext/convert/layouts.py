@@ -131,10 +131,12 @@ def plan_model(
     per_layer = _groups_of_layers(groups, model)
     tensor_changes: dict[str, SlotMean] = {}
     joined: dict[str, tuple[str, ...]] = {}
-    plans, dropped = [], []
+    plans: list[LayerPlan] = []
+    dropped: list[str] = []
     for layer in model.layers:
         pooling = Pooling(wanted[layer.index], method, per_layer.get(layer.index), None, expanded)
         change = change_layer(CALL, layer, pooling)
+        _refuse_moved(model, change.layer)
         plans.append(change.layer)
         tensor_changes |= change.tensors
         joined |= change.joined
@@ -283,6 +285,15 @@ def _refuse_grouped(model: Model, allow_gqa: bool) -> None:
         if layer.num_kv_heads != layer.num_heads and not allow_gqa:
             came = f"the source is grouped already: {layer.num_kv_heads} key/value heads for {layer.num_heads} heads"
             fail(ValueError, CALL, came, "a multi-head checkpoint was wanted", "pass allow_gqa=True to pool it further")
+
+
+def _refuse_moved(model: Model, layer: LayerPlan) -> None:
+    """Query heads whose number means something stay where they are."""
+    order = [head for group in layer.groups for head in group]
+    if model.layout.fixed_heads and order != sorted(order):
+        came = f"groups of layer {layer.index} move query heads, and each has an ALiBi slope by its number"
+        wanted = f"groups of heads in their order were wanted for {model.architecture!r}"
+        fail(ValueError, CALL, came, wanted, "leave groups out to pool neighbours")
 
 
 def _chosen(layers: Any, model: Model) -> set[int]:
