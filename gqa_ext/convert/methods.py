@@ -122,14 +122,14 @@ def as_weight(weight: Any) -> Array:
     return array
 
 
-def check_method(method: Any, weights: Any) -> None:
+def check_method(method: Any, weights: Any, call: str = CALL) -> None:
     """A method we know, and weights only where they mean something."""
     if not isinstance(method, str) or method not in METHODS:
         known = " or ".join(repr(name) for name in METHODS)
-        fail(ValueError, CALL, f"method is {method!r:.40}", f"{known} was wanted", "pass method='mean'")
+        fail(ValueError, call, f"method is {method!r:.40}", f"{known} was wanted", "pass method='mean'")
     if weights is not None and method != "mean":
         wanted = "weights go with method='mean' only"
-        fail(ValueError, CALL, f"weights came with method={method!r}", wanted, "leave out one of them")
+        fail(ValueError, call, f"weights came with method={method!r}", wanted, "leave out one of them")
 
 
 def as_heads_axis(axis: Any, weight: Array, num_heads: int) -> int:
@@ -145,7 +145,7 @@ def as_heads_axis(axis: Any, weight: Array, num_heads: int) -> int:
     return place
 
 
-def as_members(groups: Any, num_heads: int, num_kv_heads: int) -> NDArray[np.int64]:
+def as_members(groups: Any, num_heads: int, num_kv_heads: int, call: str = CALL) -> NDArray[np.int64]:
     """(num_kv_heads, num_heads // num_kv_heads): the heads of each group; neighbours for None."""
     size = num_heads // num_kv_heads
     if groups is None:
@@ -153,46 +153,46 @@ def as_members(groups: Any, num_heads: int, num_kv_heads: int) -> NDArray[np.int
     wanted = f"a partition of the heads 0 to {num_heads - 1} into {num_kv_heads} lists of {size} was wanted"
     fix = "leave groups out to pool neighbours"
     if isinstance(groups, (Mapping, str)) or not isinstance(groups, Iterable):
-        fail(TypeError, CALL, f"groups is {kind(groups)}", wanted, fix)
+        fail(TypeError, call, f"groups is {kind(groups)}", wanted, fix)
     lists = []
     for group in groups:
         if isinstance(group, (Mapping, str)) or not isinstance(group, Iterable):
-            fail(TypeError, CALL, f"groups holds {kind(group)}", wanted, fix)
-        lists.append([as_int(CALL, "a head in groups", head, 0) for head in group])
+            fail(TypeError, call, f"groups holds {kind(group)}", wanted, fix)
+        lists.append([as_int(call, "a head in groups", head, 0) for head in group])
     sizes = sorted({len(group) for group in lists})
     if len(lists) != num_kv_heads or sizes != [size]:
-        fail(ValueError, CALL, f"groups has {len(lists)} lists of lengths {sizes}", wanted, fix)
+        fail(ValueError, call, f"groups has {len(lists)} lists of lengths {sizes}", wanted, fix)
     counts = np.bincount([head for group in lists for head in group if head < num_heads], minlength=num_heads)
     if (counts != 1).any():
         missing, twice = np.flatnonzero(counts == 0).tolist(), np.flatnonzero(counts > 1).tolist()
         outside = sorted({head for group in lists for head in group if head >= num_heads})
         parts = {"lacks": missing, "repeats": twice, "goes beyond the last head with": outside}
         came = "groups " + " and ".join(f"{what} {heads}" for what, heads in parts.items() if heads)
-        fail(ValueError, CALL, came, wanted, fix)
+        fail(ValueError, call, came, wanted, fix)
     return np.array(lists, np.int64)
 
 
-def as_shares(weights: Any, members: NDArray[np.int64]) -> NDArray[np.float64]:
+def as_shares(weights: Any, members: NDArray[np.int64], call: str = CALL) -> NDArray[np.float64]:
     """Weights as members lie, scaled group by group without rounding; C divides by their sum.
 
     Where the weights of a group are equal or 0 they become 1 or 0, so the plain mean of those heads results.
     """
     fix = f"pass {members.size} numbers, one for each head"
-    array = as_array(CALL, "weights", weights)
+    array = as_array(call, "weights", weights)
     if array.dtype.kind not in "biuf" and native(array.dtype) not in POOLED:
-        fail(TypeError, CALL, f"weights has dtype {array.dtype}", "real numbers were wanted", fix)
+        fail(TypeError, call, f"weights has dtype {array.dtype}", "real numbers were wanted", fix)
     if array.shape != (members.size,):
-        fail(ValueError, CALL, f"weights has shape {array.shape}", f"(num_heads,) = ({members.size},) was wanted", fix)
+        fail(ValueError, call, f"weights has shape {array.shape}", f"(num_heads,) = ({members.size},) was wanted", fix)
     rows: NDArray[np.float64] = array.astype(np.float64)[members]
     if not np.isfinite(rows).all():
         bad = np.flatnonzero(~np.isfinite(array.astype(np.float64))).tolist()
-        fail(ValueError, CALL, f"weights is NaN or infinite for heads {bad}", "finite numbers were wanted", fix)
+        fail(ValueError, call, f"weights is NaN or infinite for heads {bad}", "finite numbers were wanted", fix)
     rows = np.ldexp(rows, -np.frexp(np.abs(rows).max(axis=1, keepdims=True))[1])
     for row, heads in zip(rows, members, strict=True):
         total = math.fsum(row)
         if abs(total) <= row.size * np.finfo(np.float64).eps * np.abs(row).sum():
             came = f"weights of the group of heads {heads.tolist()} sum to 0"
-            fail(ValueError, CALL, came, "weights that can be normalised were wanted", "give one of them more")
+            fail(ValueError, call, came, "weights that can be normalised were wanted", "give one of them more")
         row *= math.copysign(1, total)
         live = row[row != 0]
         if (live == live[0]).all():

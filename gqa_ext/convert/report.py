@@ -1,0 +1,97 @@
+"""What a conversion did and what it cost. Made by checkpoint.py, once."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ConversionReport", "LayerReport"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes
+    ----------
+    layer : int
+    num_heads, num_kv_heads_before, num_kv_heads : int
+        Query heads; key/value heads of the source; and after pooling (which "expanded" output repeats).
+    key_error, value_error : float
+        What pooling changed of the projection's weight: the Frobenius norm of the difference over that of what was
+        there, counted for each query head. 0 where nothing changed.
+    """
+
+    layer: int
+    num_heads: int
+    num_kv_heads_before: int
+    num_kv_heads: int
+    key_error: float
+    value_error: float
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert_checkpoint` did.
+
+    Attributes
+    ----------
+    source, destination : str
+    architecture, method, output : str
+    groups : dict of int to tuple of tuples of int
+        For each layer, the query heads that share a key/value head.
+    layers : tuple of LayerReport
+    parameters_before, parameters_after : int
+        Elements of all tensors.
+    kv_bytes_before, kv_bytes_after : int
+        Key/value cache of one token, all layers, in the dtype of the key projections.
+    seconds : float
+        Of this call; a resumed one had less to do.
+    files : dict of str to str
+        SHA-256 of each file of the result.
+    skipped : tuple of str
+        Files of the source that were not copied: weights in other formats, and what is too large.
+    resumed : tuple of str
+        Files that an earlier, interrupted run had finished.
+    """
+
+    source: str
+    destination: str
+    architecture: str
+    method: str
+    output: str
+    groups: Mapping[int, tuple[tuple[int, ...], ...]]
+    layers: tuple[LayerReport, ...]
+    parameters_before: int
+    parameters_after: int
+    kv_bytes_before: int
+    kv_bytes_after: int
+    seconds: float
+    files: Mapping[str, str]
+    skipped: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; an error that is no number is None."""
+        report = dataclasses.asdict(self)
+        report["groups"] = {str(layer): [list(group) for group in groups] for layer, groups in self.groups.items()}
+        for layer in report["layers"]:
+            layer.update((key, None) for key in ("key_error", "value_error") if not math.isfinite(layer[key]))
+        return report
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> "ConversionReport":
+        """The report of :meth:`to_dict`, also by way of JSON."""
+        numbers: list[dict[str, Any]] = [
+            {key: math.nan if n is None else n for key, n in row.items()} for row in report["layers"]
+        ]
+        layers = tuple(LayerReport(**row) for row in numbers)
+        groups = {int(layer): tuple(map(tuple, lists)) for layer, lists in report["groups"].items()}
+        lists = {name: tuple(report[name]) for name in ("skipped", "resumed")}
+        return cls(**{**report, **lists, "layers": layers, "groups": groups})
