@@ -76,8 +76,11 @@ def seen(model, number):
     return given.numpy(), out.numpy()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in MODELS),
+     *((name, torch.bfloat16) for name in ("llama", "qwen3", "phi3", "gpt_neox", "gpt2"))],
+)  # fmt: skip
 def test_as_in_transformers(tmp_path, name, dtype):
     model = saved(tmp_path, name, dtype)
     for number in range(2):
@@ -117,6 +120,28 @@ def test_older_configs_keep_rope_beside(tmp_path):
     old = GroupedQueryAttention.from_checkpoint(tmp_path, 0).rope
     for positions in (np.arange(5), np.arange(40)):
         assert np.array_equal(old.cos_sin(positions), new.cos_sin(positions))
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("gpt_neox", {"rotary_emb_base": 500, "rotary_pct": 0.5}),
+        ("phi", {"rope_theta": 500.0, "partial_rotary_factor": 0.75, "rope_scaling": None}),
+        ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("stablelm", {}),
+        ("cohere", {}),
+    ],
+)
+def test_older_configs_mean_what_transformers_takes_them_for(tmp_path, name, beside):
+    """Entries of before rope_parameters, or none."""
+    saved(tmp_path, name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | beside))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    given, wanted = seen(model, 0)
+    out = GroupedQueryAttention.from_checkpoint(tmp_path, 0)(given, is_causal=True)
+    assert np.abs(out - wanted).max() <= BOUND * np.abs(wanted).max()
 
 
 def test_shards_file_and_folder_are_one(tmp_path):
