@@ -50,62 +50,71 @@ def attention_options(call: str, model: Model, config: Mapping[str, Any], number
             fail(NotImplementedError, call, came, wanted, "use the library that the model comes from")
     options: dict[str, Any] = {}
     if name in ROTATIONS:
-        options["rope"] = _rope(name, config, layer.head_dim)
-    if name in RMS_NORMS and name in ROTATIONS:
-        options["qk_norm"] = config.get("rms_norm_eps", 1e-6)
+        options["rope"] = _rope(call, name, config, layer.head_dim)
+    if name == "qwen3":
+        options["qk_norm"] = _number(call, config, "rms_norm_eps", 1e-6)
     if name == "gemma2":
-        options["scale"] = config.get("query_pre_attn_scalar", 256) ** -0.5
-        options["softcap"] = config.get("attn_logit_softcapping", 50.0)
+        options["scale"] = (_number(call, config, "query_pre_attn_scalar", 256) or 256) ** -0.5
+        options["softcap"] = _number(call, config, "attn_logit_softcapping", 50, zero=True)
     if name == "gpt2":
         scale = layer.head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
         options["scale"] = scale / (number + 1) if config.get("scale_attn_by_inverse_layer_idx") else scale
     if name == "bloom":
         options["alibi_slopes"] = get_alibi_slopes(layer.num_heads)
-    width = _window(name, config, number)
-    if width is not None:
-        options["window"] = (width - 1, 0)
+    if _slides(call, name, config, number):
+        width = _number(call, config, "sliding_window", None if name == "phi3" else 4096)
+        options["window"] = None if width is None else (int(width) - 1, 0)  # a row counts itself
     return options
 
 
-def _window(name: str, config: Mapping[str, Any], number: int) -> int | None:
-    """How many positions a row sees, its own among them."""
+def _number(
+    call: str, config: Mapping[str, Any], key: str, default: float | None, *, zero: bool = False
+) -> float | None:
+    """A number above 0, or 0 where that means something, or None where the config says null."""
+    entry = config.get(key, default)
+    if entry is None or (type(entry) in (int, float) and (entry > 0 or (zero and entry == 0))):
+        return entry
+    came, wanted = f"config.json has {key} {entry!r:.40}", f"a number {'of at least' if zero else 'above'} 0 was wanted"
+    fail(ValueError, call, came, wanted, "restore the config")
+
+
+def _slides(call: str, name: str, config: Mapping[str, Any], number: int) -> bool:
+    """Whether a row of this layer sees a window only."""
+    if name in ("mistral", "phi3"):
+        return True
+    if name not in ("qwen2", "qwen3", "gemma2") or (name != "gemma2" and not config.get("use_sliding_window")):
+        return False
     types = config.get("layer_types")
-    if name == "phi3":
-        return config.get("sliding_window")
-    width: int | None = config.get("sliding_window", 4096)
-    if name == "mistral":
-        return width
-    if name in ("qwen2", "qwen3"):
-        slides = bool(config.get("use_sliding_window")) and number >= config.get("max_window_layers", 28)
-        width = width if config.get("use_sliding_window") else None
-    elif name == "gemma2":
-        slides = number % 2 == 0
-    else:
-        return None
-    return width if (types[number] == "sliding_attention" if types else slides) else None
+    if types is None:
+        first = _number(call, config, "max_window_layers", 28, zero=True) or 0
+        return number % 2 == 0 if name == "gemma2" else number >= first
+    if not isinstance(types, list) or number >= len(types):
+        came = f"config.json has layer_types {types!r:.40}"
+        fail(ValueError, call, came, f"a list with one for layer {number} was wanted", "restore the config")
+    return bool(types[number] == "sliding_attention")
 
 
-def _rope(name: str, config: Mapping[str, Any], head_dim: int) -> RotaryEmbedding:
+def _rope(call: str, name: str, config: Mapping[str, Any], head_dim: int) -> RotaryEmbedding:
     """From either place where a config keeps it: rope_parameters, or rope_scaling with rope_theta beside."""
     default = ROTATIONS[name]
     base_key, share_key = OLD_NAMES.get(name, ("rope_theta", "partial_rotary_factor"))
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         return RotaryEmbedding(head_dim, scaling=given)  # which says what it takes
-    base = given.get("rope_theta", config.get(base_key, default.base))
-    share = given.get("partial_rotary_factor", config.get(share_key, default.share))
-    rotary_dim = None if share == 1 else int(head_dim * share)
-    kind = given.get("rope_type", given.get("type", "default"))
+    base = _number(call, given, "rope_theta", _number(call, config, base_key, default.base))
+    share = _number(call, given, "partial_rotary_factor", _number(call, config, share_key, default.share))
+    rotary_dim = None if share in (1, None) else int(head_dim * share)
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return RotaryEmbedding(head_dim, base=base, rotary_dim=rotary_dim, interleaved=default.interleaved)
     scaling = {key: entry for key, entry in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if name == "phi3" and kind in ("su", "yarn"):  # what Phi-3's first files call longrope
         scaling = {**scaling, "rope_type": "longrope"}
         scaling.pop("type", None)
-    if config.get("original_max_position_embeddings") is not None:
-        scaling.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
-    positions = config.get("max_position_embeddings")
+    original = config.get("original_max_position_embeddings", 4096 if name == "phi3" else None)
+    if original is not None:
+        scaling.setdefault("original_max_position_embeddings", original)
     return RotaryEmbedding(
         head_dim, base=base, rotary_dim=rotary_dim, interleaved=default.interleaved, scaling=scaling,
-        max_position_embeddings=positions,
+        max_position_embeddings=config.get("max_position_embeddings"),
     )  # fmt: skip

@@ -26,6 +26,8 @@ MODELS = {
     "mistral": {**GROUPED, "sliding_window": 4},
     "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "qwen3": {**GROUPED, "head_dim": 12},
+    "qwen3, windows in all layers": {**GROUPED, "head_dim": 12, "use_sliding_window": True, "sliding_window": 4,
+                                     "max_window_layers": 0, "rms_norm_eps": 0.1},
     "gemma": {**GROUPED, "head_dim": 12},
     "gemma2": {**GROUPED, "head_dim": 12, "query_pre_attn_scalar": 50, "sliding_window": 4,
                "attn_logit_softcapping": 2.0},
@@ -193,6 +195,24 @@ def test_layout_and_options(tmp_path):
     )
     assert repr(layer) == "GroupedQueryAttention(24, 4, 2, window=(2, 0), softcap=3.0, dtype='float64')"
     assert np.array_equal(layer.k_proj.weight, arrays["block.1.wk"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"sliding_window": "wide"}),
+        ("mistral", {"sliding_window": 0}),
+        ("gemma2", {"layer_types": ["full_attention"]}),
+        ("gemma2", {"query_pre_attn_scalar": -1}),
+        ("llama", {"rope_parameters": {"rope_type": "new"}}),
+        ("llama", {"rope_parameters": None, "rope_theta": "ten"}),
+    ],
+)
+def test_an_entry_that_means_nothing_is_named(tmp_path, name, changes):
+    write_model(tmp_path, model_type=name, head_dim=4, **changes)
+    entry = r"rope_(type|theta)" if name == "llama" else next(iter(changes))
+    with pytest.raises(ValueError, match=entry):
+        GroupedQueryAttention.from_checkpoint(tmp_path, 2)
 
 
 def test_wrong_calls(tmp_path):
