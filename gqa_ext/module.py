@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale
+from ._from_checkpoint import FromCheckpoint
 from ._layer_arguments import (
     as_eps,
     as_head_dim,
@@ -32,7 +33,7 @@ from .convert.methods import pool_heads
 from .rope import RotaryEmbedding
 
 
-class GroupedQueryAttention(Projections):
+class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], Projections):
     """Multi-head attention in which groups of query heads share a key/value head (GQA, arXiv:2305.13245).
 
     With ``num_kv_heads == num_heads`` it is multi-head, with 1 multi-query attention. Query head h reads key/value
@@ -342,6 +343,11 @@ class GroupedQueryAttention(Projections):
         }
         layer.load_state_dict(mha.state | pooled)
         return layer
+
+    @staticmethod
+    def _grouped(*sizes: int, **options: Any) -> "GroupedQueryAttention":
+        """What from_checkpoint makes, of whichever subclass it is called."""
+        return GroupedQueryAttention(*sizes, **options)
 
     def _sizes(self) -> tuple[int, ...]:
         """The positional arguments of the constructor."""

@@ -1,0 +1,120 @@
+"""What a model's config says of attention beside names and shapes, as keywords of GroupedQueryAttention.
+
+Meanings and defaults are those of transformers 5 (models/*/configuration_*.py and modeling_*.py): an entry that a
+config.json lacks is what that library takes it for. Called by _from_checkpoint.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ._messages import fail
+from .bias import get_alibi_slopes
+from .convert.architectures import LONE
+from .convert.layouts import Model
+from .rope import RotaryEmbedding
+
+__all__ = ["RMS_NORMS", "attention_options"]
+
+# Whose q_norm and k_norm are one RMSNorm for all heads, as ours: the others' are LayerNorms or span all heads.
+RMS_NORMS = ("qwen3", *LONE, "layout")
+
+
+class Rotation(NamedTuple):
+    """RoPE where the config is silent."""
+
+    base: float = 10000.0
+    share: float = 1.0  # of each head that is turned
+    interleaved: bool = False
+
+
+_PLAIN = Rotation()
+ROTATIONS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "phi3"), _PLAIN),
+    "phi": Rotation(share=0.5),
+    "stablelm": Rotation(share=0.25),
+    "cohere": Rotation(base=500000.0, interleaved=True),
+    "gpt_neox": Rotation(share=0.25),
+}
+OLD_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # of rope_theta and partial_rotary_factor
+
+
+def attention_options(call: str, model: Model, config: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Keywords for layer `number`; none for a layout by hand or a lone state dict, of which nothing is known.
+
+    NotImplementedError for an entry that the module cannot express.
+    """
+    name, layer = model.architecture, model.layers[number]
+    for key in ("clip_qkv", "use_bidirectional_attention"):
+        if name in ROTATIONS and config.get(key):
+            came, wanted = f"config.json has {key} {config[key]!r:.40}", "attention without it was wanted"
+            fail(NotImplementedError, call, came, wanted, "use the library that the model comes from")
+    options: dict[str, Any] = {}
+    if name in ROTATIONS:
+        options["rope"] = _rope(call, name, config, layer.head_dim)
+    if name == "qwen3":
+        options["qk_norm"] = _number(call, config, "rms_norm_eps", 1e-6)
+    if name == "gemma2":
+        options["scale"] = (_number(call, config, "query_pre_attn_scalar", 256) or 256) ** -0.5
+        options["softcap"] = _number(call, config, "attn_logit_softcapping", 50, zero=True)
+    if name == "gpt2":
+        scale = layer.head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
+        options["scale"] = scale / (number + 1) if config.get("scale_attn_by_inverse_layer_idx") else scale
+    if name == "bloom":
+        options["alibi_slopes"] = get_alibi_slopes(layer.num_heads)
+    if _slides(call, name, config, number):
+        width = _number(call, config, "sliding_window", None if name == "phi3" else 4096)
+        options["window"] = None if width is None else (int(width) - 1, 0)  # a row counts itself
+    return options
+
+
+def _number(
+    call: str, config: Mapping[str, Any], key: str, default: float | None, *, zero: bool = False
+) -> float | None:
+    """A number above 0, or 0 where that means something, or None where the config says null."""
+    entry = config.get(key, default)
+    if entry is None or (type(entry) in (int, float) and (entry > 0 or (zero and entry == 0))):
+        return entry
+    came, wanted = f"config.json has {key} {entry!r:.40}", f"a number {'of at least' if zero else 'above'} 0 was wanted"
+    fail(ValueError, call, came, wanted, "restore the config")
+
+
+def _slides(call: str, name: str, config: Mapping[str, Any], number: int) -> bool:
+    """Whether a row of this layer sees a window only."""
+    if name in ("mistral", "phi3"):
+        return True
+    if name not in ("qwen2", "qwen3", "gemma2") or (name != "gemma2" and not config.get("use_sliding_window")):
+        return False
+    types = config.get("layer_types")
+    if types is None:
+        first = _number(call, config, "max_window_layers", 28, zero=True) or 0
+        return number % 2 == 0 if name == "gemma2" else number >= first
+    if not isinstance(types, list) or number >= len(types):
+        came = f"config.json has layer_types {types!r:.40}"
+        fail(ValueError, call, came, f"a list with one for layer {number} was wanted", "restore the config")
+    return bool(types[number] == "sliding_attention")
+
+
+def _rope(call: str, name: str, config: Mapping[str, Any], head_dim: int) -> RotaryEmbedding:
+    """From either place where a config keeps it: rope_parameters, or rope_scaling with rope_theta beside."""
+    default = ROTATIONS[name]
+    base_key, share_key = OLD_NAMES.get(name, ("rope_theta", "partial_rotary_factor"))
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        return RotaryEmbedding(head_dim, scaling=given)  # which says what it takes
+    base = _number(call, given, "rope_theta", _number(call, config, base_key, default.base))
+    share = _number(call, given, "partial_rotary_factor", _number(call, config, share_key, default.share))
+    rotary_dim = None if share in (1, None) else int(head_dim * share)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        return RotaryEmbedding(head_dim, base=base, rotary_dim=rotary_dim, interleaved=default.interleaved)
+    scaling = {key: entry for key, entry in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if name == "phi3" and kind in ("su", "yarn"):  # what Phi-3's first files call longrope
+        scaling = {**scaling, "rope_type": "longrope"}
+        scaling.pop("type", None)
+    original = config.get("original_max_position_embeddings", 4096 if name == "phi3" else None)
+    if original is not None:
+        scaling.setdefault("original_max_position_embeddings", original)
+    return RotaryEmbedding(
+        head_dim, base=base, rotary_dim=rotary_dim, interleaved=default.interleaved, scaling=scaling,
+        max_position_embeddings=config.get("max_position_embeddings"),
+    )  # fmt: skip
