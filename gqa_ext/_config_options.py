@@ -71,11 +71,11 @@ def _number(
     call: str, config: Mapping[str, Any], key: str, default: float | None, *, zero: bool = False
 ) -> float | None:
     """A number above 0, or 0 where that means something, or None where the config says null."""
-    entry = config.get(key, default)
+    entry: float | None = config.get(key, default)
     if entry is None or (type(entry) in (int, float) and (entry > 0 or (zero and entry == 0))):
         return entry
     came, wanted = f"config.json has {key} {entry!r:.40}", f"a number {'of at least' if zero else 'above'} 0 was wanted"
-    fail(ValueError, call, came, wanted, "restore the config")
+    return fail(ValueError, call, came, wanted, "restore the config")
 
 
 def _slides(call: str, name: str, config: Mapping[str, Any], number: int) -> bool:
