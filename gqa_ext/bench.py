@@ -96,7 +96,7 @@ class Result:
         sizes = self.sizes
         first = (
             f"A layer of {sizes.num_heads} query heads of {sizes.head_dim}, {sizes.embed_dim} wide; {DTYPE} cache, "
-            f"float32 prefill of {sizes.prefill:,} tokens; attention only, medians of {sizes.rounds}, {self.machine}"
+            f"float32 prefill of {sizes.prefill:,} tokens; attention only, medians, {self.machine}"
         )
         heads = ["key/value heads", "parameters", "KV bytes per token", "prefill"]
         heads += [f"decode at {context:,}" for context in sizes.contexts]
@@ -149,15 +149,18 @@ class Result:
         figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
         shown = [row.num_kv_heads for row in self.layer]
         axes[0].plot(shown, [row.kv_bytes / 1024 for row in self.layer], "o-", color="#0072b2")
-        axes[0].set(ylabel="KV cache, KiB per token and layer", yscale="log")
+        axes[0].set(ylabel="KV cache, KiB per token and layer")
         for i, (context, mark) in enumerate(zip(self.sizes.contexts, "os^v", strict=False)):
             times = [row.decode_us[i] / 1000 for row in self.layer]
             axes[1].plot(shown, times, f"{mark}-", label=f"{context:,} tokens", color=("#0072b2", "#d55e00")[i % 2])
-        axes[1].set(ylabel="decoding a token, ms per layer", yscale="log")
+        axes[1].set(ylabel="decoding a token, ms per layer")
         axes[1].legend(title="context", frameon=False)
         counts = [row.num_kv_heads for row in self.model]
         axes[2].plot(counts, [row.bits_per_byte for row in self.model], "o-", color="#0072b2")
         axes[2].set(ylabel="bits per byte, shipped model")
+        for axis in axes[:2]:
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
         for axis, ticks in zip(axes, (shown, shown, counts), strict=True):
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
