@@ -10,6 +10,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from ._convert_commands import add_words
+
 
 def demo(arguments: argparse.Namespace) -> int:
     """Measure MHA, GQA and MQA on the shipped model."""
@@ -32,6 +34,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "cache bytes, decode time, bits per byte. Takes seconds; needs no network and writes no file.",
     )
     word.set_defaults(run=demo)
+    add_words(words)
     return parser.parse_args(arguments)
 
 

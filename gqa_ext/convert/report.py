@@ -55,6 +55,8 @@ class ConversionReport:
         Files of the source that were not copied: weights in other formats, and what is too large.
     resumed : tuple of str
         Files that an earlier, interrupted run had finished.
+    bits_per_token_before, bits_per_token_after : float or None
+        Of the tokens given as ``evaluate=``, by the source and by the result.
     """
 
     source: str
@@ -72,6 +74,8 @@ class ConversionReport:
     files: Mapping[str, str]
     skipped: tuple[str, ...] = ()
     resumed: tuple[str, ...] = ()
+    bits_per_token_before: float | None = None
+    bits_per_token_after: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings; an error that is no number is None."""
