@@ -74,11 +74,19 @@ def _guarded(name: str, run: Callable[[Arguments], int]) -> Callable[[Arguments]
         except BrokenPipeError:
             raise  # the reader of stdout has gone, which __main__ answers
         except (OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            print(f"gqa-ext {name}: {message}", file=sys.stderr)
+            print(f"gqa-ext {name}: {_one_line(error)}", file=sys.stderr)
             return 1
 
     return guarded
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks, and without the number of the system's error."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        named = error.filename is not None and str(error.filename) not in error.strerror
+        text = f"{error.strerror}: {error.filename}" if named else error.strerror
+    return " ".join(text.split()) or type(error).__name__
 
 
 # ---- values of flags ----
@@ -121,7 +129,16 @@ def convert(arguments: Arguments) -> int:
         arguments.src, arguments.dst, arguments.num_kv_heads, **choices,
         max_memory=arguments.max_memory, overwrite=arguments.overwrite, progress=True,
     )  # fmt: skip
-    print(report.to_json() if arguments.json else report)
+    if arguments.json:
+        print(report.to_json())
+        return 0
+    print(f"{report.destination}: {report.architecture}, method {report.method}, output {report.output}")
+    print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,}")
+    print(f"KV bytes per token: {report.kv_bytes_before:,} -> {report.kv_bytes_after:,}")
+    for row in report.layers:
+        heads = f"{row.num_kv_heads_before} -> {row.num_kv_heads} key/value heads"
+        print(f"  layer {row.layer}: {heads}, error of k {row.key_error:.4f}, of v {row.value_error:.4f}")
+    print(f"{len(report.files)} files in {report.seconds:.1f} s")
     return 0
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .plots import as_html, draw
+
 __all__ = ["ConversionReport", "LayerReport"]
 
 
@@ -88,6 +90,37 @@ class ConversionReport:
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        """The report as tables, for notebooks."""
+        return as_html(self)
+
+    def plot(self, layer: int | None = None, *, axes: Any = None) -> Any:
+        """Draw the error of each layer or, where `layer` is given, how alike its heads are.
+
+        Parameters
+        ----------
+        layer : int, optional
+            Draw cosine similarities, from -1 to 1, of the source's key heads and of its value heads in this layer,
+            each head's weights taken as one vector. Heads that are alike lose little when they are pooled; blocks
+            away from the diagonal suggest ``groups=``. The source's files are read for it.
+        axes : matplotlib Axes, optional
+            One to draw the errors into, or two for a layer; None makes a figure.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed: the extra ``plot``.
+        ValueError
+            No such layer, or another number of axes.
+        FileNotFoundError
+            The source is gone.
+        """
+        return draw(self, layer, axes)
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> "ConversionReport":

@@ -5,16 +5,20 @@ compared byte for byte, with headers, index, config and companions. Memory is bo
 logits. Called by the command line and by users.
 """
 
+import itertools
 import json
 import os
+import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .checkpoint import Checkpoint, plan_checkpoint, tensor_part
-from .header import Header, read_header
+from .header import Header, parse_header, read_header
 from .layouts import read_model
 from .logits import compare_logits
 from .methods import METHODS
@@ -25,6 +29,7 @@ __all__ = ["Verification", "verify_checkpoint"]
 
 CALL = "verify_checkpoint"
 _CHUNK = 1 << 20
+_SAMPLE, _SAMPLES = 1 << 16, 32  # bytes and number of stretches that tell plans apart
 _MOST = 20  # faults of one file that are named
 
 
@@ -202,7 +207,7 @@ def _divisors(number: int) -> list[int]:
 def _choose(scores: dict[int, list[float]]) -> list[int]:
     """For each layer the number that fits best; what most layers have where none fits."""
     count = len(next(iter(scores.values())))
-    best = [max(scores, key=lambda n: scores[n][i]) for i in range(count)]  # noqa: B023  # called at once
+    best = [max(scores, key=lambda n: scores[n][i]) for i in range(count)]
     fitting = Counter(n for i, n in enumerate(best) if scores[n][i] > 0)
     common = fitting.most_common(1)[0][0] if fitting else max(scores)
     return [n if scores[n][i] > 0 else common for i, n in enumerate(best)]
@@ -223,24 +228,35 @@ def _likeness(name: str, checkpoint: Checkpoint, shards: Mapping[str, Shard]) ->
     info = shard.header.tensors.get(name) if shard else None
     if shard is None or info is None or info.nbytes != tensor_part(name, checkpoint.plan, checkpoint.source).nbytes:
         return 0.0
-    for want, got in _streams(name, checkpoint, shard, _CHUNK // 16):
-        return sum(a == b for a, b in zip(want[:4096], got[:4096], strict=True)) / min(len(want), 4096)
-    return 1.0
+    equal = total = 0
+    for want, got in _streams(name, checkpoint, shard, _SAMPLE, most=_SAMPLES):
+        equal += int(np.count_nonzero(np.frombuffer(want, np.uint8) == np.frombuffer(got, np.uint8)))
+        total += len(want)
+    return equal / total if total else 1.0
 
 
 # ---- comparing ----
 
 
-def _streams(name: str, checkpoint: Checkpoint, shard: Shard, limit: int) -> Iterator[tuple[bytes, bytes]]:
-    """A tensor as it should be and as it is, in stretches of equal length; both have the same size."""
+def _streams(
+    name: str, checkpoint: Checkpoint, shard: Shard, limit: int, most: int | None = None
+) -> Iterator[tuple[bytearray, bytearray]]:
+    """A tensor as it should be and as it is, in stretches of equal length; both have the same size.
+
+    At most `most` of them, taken at random, so that they cannot all fall on heads that every plan leaves alone.
+    """
     origin = checkpoint.source.shards[checkpoint.source.shard_of(name)]
     place = shard.data_start + shard.header.tensors[name].start
     with open(origin.path, "rb") as old, open(shard.path, "rb") as new:
-        for piece in tensor_part(name, checkpoint.plan, checkpoint.source).pieces(limit):
-            want, got = bytearray(piece.nbytes), bytearray(piece.nbytes)
-            piece.fill(old.fileno(), memoryview(want), {})
-            read_exactly(new.fileno(), memoryview(got), place)
-            place += piece.nbytes
+        pieces = list(tensor_part(name, checkpoint.plan, checkpoint.source).pieces(limit))
+        places = list(itertools.accumulate((piece.nbytes for piece in pieces), initial=place))
+        chosen: Sequence[int] = range(len(pieces))
+        if most is not None and len(pieces) > most:
+            chosen = random.Random(0).sample(chosen, most)
+        for i in chosen:
+            want, got = bytearray(pieces[i].nbytes), bytearray(pieces[i].nbytes)
+            pieces[i].fill(old.fileno(), memoryview(want), {})
+            read_exactly(new.fileno(), memoryview(got), places[i])
             yield want, got
 
 
@@ -269,8 +285,6 @@ def _compare_shard(name: str, shard: Shard, checkpoint: Checkpoint, found: Verif
 
 def _header_of(text: bytes) -> Header:
     """The header of a file that is not there, which is sound."""
-    from .header import parse_header
-
     nbytes = max((entry["data_offsets"][1] for key, entry in json.loads(text[8:]).items() if key != "__metadata__"),
                  default=0)  # fmt: skip
     tensors, metadata = parse_header(text[8:], nbytes)
