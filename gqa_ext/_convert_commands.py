@@ -143,9 +143,10 @@ def convert(arguments: Arguments) -> int:
 
 
 def _dry_run(arguments: Arguments, choices: dict[str, Any]) -> int:
-    from .convert.checkpoint import plan_checkpoint
+    from .convert.checkpoint import _chunk, plan_checkpoint
     from .convert.destination import Destination
 
+    _chunk(arguments.max_memory)  # refuses too little
     checkpoint = plan_checkpoint(arguments.src, arguments.num_kv_heads, **choices)
     Destination(arguments.dst, checkpoint.source, arguments.overwrite)  # refuses what cannot be written to
     source, plan = checkpoint.source, checkpoint.plan

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import scaled_dot_product_attention
-from .convert import pool_heads
+from .convert.methods import pool_heads  # not from .convert, which evaluates models with this module
 from .convert.safetensors import SafetensorsFile
 
 __all__ = ["TINY", "Cache", "Config", "Layer", "Llama", "load"]

@@ -26,11 +26,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ConversionReport:
 def test_bits_per_token(report: ConversionReport) -> None:
     torch = pytest.importorskip("torch")
     tokens = np.frombuffer(TEXT[:256], np.uint8).reshape(2, 128).astype(np.int64)
-    for folder, got in ((report.source, report.bits_per_token_before), (report.destination, report.bits_per_token_after)):
+    before, after = report.bits_per_token_before, report.bits_per_token_after
+    for folder, got in ((report.source, before), (report.destination, after)):
         logits = torch.from_numpy(llama.load(folder).forward(tokens)[:, :-1].reshape(-1, 256))
         want = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[:, 1:].reshape(-1))) / math.log(2)
         assert got == pytest.approx(float(want), rel=1e-5)
-    assert report.bits_per_token_before < report.bits_per_token_after
+    assert before < after
     assert ConversionReport.from_dict(json.loads(report.to_json())) == report
 
 

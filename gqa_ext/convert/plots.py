@@ -5,7 +5,7 @@ Called by report.py's methods.
 
 import html
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +13,13 @@ from numpy.typing import NDArray
 from .header import DTYPES
 from .parts import read_exactly
 
-if TYPE_CHECKING:
-    from .report import ConversionReport
-
 __all__ = ["as_html", "draw", "head_similarity"]
 
+Report = Any  # a ConversionReport, whose file imports this one
 ROLES = ("key", "value")
 
 
-def as_html(report: "ConversionReport") -> str:
+def as_html(report: Report) -> str:
     """A table of facts and one of layers; every text is escaped."""
     facts = {
         "source": report.source,
@@ -35,7 +33,7 @@ def as_html(report: "ConversionReport") -> str:
     if report.bits_per_token_before is not None and report.bits_per_token_after is not None:
         facts["bits per token"] = f"{report.bits_per_token_before:.3f} → {report.bits_per_token_after:.3f}"
     head = ("layer", "heads", "key/value heads", "key error", "value error")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(row.layer), str(row.num_heads), f"{row.num_kv_heads_before} → {row.num_kv_heads}",
             f"{row.key_error:.4f}", f"{row.value_error:.4f}",
@@ -57,7 +55,7 @@ def _row(tag: str, cells: tuple[str, ...]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def head_similarity(report: "ConversionReport", layer: int, role: str = "key") -> NDArray[np.float64]:
+def head_similarity(report: Report, layer: int, role: str = "key") -> NDArray[np.float64]:
     """Cosine similarity of the heads of one projection of the source: (heads, heads), read from its file.
 
     Entry (i, j) is the cosine of the angle between the weights of key/value heads i and j, each flattened to one
@@ -94,7 +92,7 @@ def head_similarity(report: "ConversionReport", layer: int, role: str = "key") -
     return np.asarray(unit @ unit.T)
 
 
-def draw(report: "ConversionReport", layer: int | None, axes: Any) -> Any:
+def draw(report: Report, layer: int | None, axes: Any) -> Any:
     """The error of each layer or, where a layer is named, the similarity of its heads; returns the figure."""
     try:
         from matplotlib.figure import Figure
@@ -115,7 +113,7 @@ def draw(report: "ConversionReport", layer: int | None, axes: Any) -> Any:
     return cells[0].figure
 
 
-def _draw_errors(report: "ConversionReport", axes: Any) -> None:
+def _draw_errors(report: Report, axes: Any) -> None:
     numbers = [row.layer for row in report.layers]
     for offset, role in ((-0.2, "key"), (0.2, "value")):
         errors = [getattr(row, f"{role}_error") for row in report.layers]
@@ -125,11 +123,11 @@ def _draw_errors(report: "ConversionReport", axes: Any) -> None:
     axes.set_ylabel("relative error of the projection")
     axes.set_title(f"{report.architecture}, method {report.method}")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.margins(y=0.15)
-    axes.legend()
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(loc="upper right", ncols=2)
 
 
-def _draw_similarity(report: "ConversionReport", layer: int, role: str, axes: Any) -> None:
+def _draw_similarity(report: Report, layer: int, role: str, axes: Any) -> None:
     image = axes.imshow(head_similarity(report, layer, role), vmin=-1, vmax=1, cmap="RdBu_r")
     axes.set_title(f"layer {layer}: cosine of {role} heads")
     axes.set_xlabel("head")

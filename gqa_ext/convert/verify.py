@@ -301,11 +301,11 @@ def _header_faults(wanted: Header, there: Header) -> Iterator[str]:
     for name in there.tensors.keys() - wanted.tensors.keys():
         yield f"tensor {name} is not in the source"
     if wanted.tensors.keys() == there.tensors.keys():
-        for order, other, what in (
+        for order, others, what in (
             (wanted.data_order, there.data_order, "data"),
             (list(wanted.tensors), list(there.tensors), "header"),
         ):
-            moved = [name for name, place in zip(order, other, strict=True) if name != place]
+            moved = [name for name, place in zip(order, others, strict=True) if name != place]
             if moved:
                 yield f"tensor {moved[0]} is not in the source's order of the {what}"
     for key in sorted(wanted.metadata.keys() | there.metadata.keys()):
