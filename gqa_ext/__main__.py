@@ -11,6 +11,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from ._convert_commands import add_words
+
 
 def demo(arguments: argparse.Namespace) -> int:
     """Measure MHA, GQA and MQA on the shipped model."""
@@ -98,6 +100,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     word.add_argument("--quick", action="store_true", help="shorter contexts, fewer rounds")
     word.set_defaults(run=bench)
     add_generate(words)
+    add_words(words)
     return parser.parse_args(arguments)
 
 

@@ -4,7 +4,6 @@ One table is of an attention layer as large as a real model's, the other of the 
 be measured by. Called by ``gqa-ext bench``; `run` does the same in a notebook.
 """
 
-import importlib
 import os
 import statistics
 import time
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from . import KVCache, cpu_info, kv_cache_nbytes, scaled_dot_product_attention
+from ._figures import figure_class
 from .demo import sample
 from .llama import TINY, load
 
@@ -145,8 +145,8 @@ class Result:
         ImportError
             There is no matplotlib: ``pip install "gqa-ext[plot]"``.
         """
-        pyplot = _pyplot()
-        figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+        figure = figure_class("Result.plot")(figsize=(10, 3.2), layout="constrained")
+        axes = figure.subplots(1, 3)
         shown = [row.num_kv_heads for row in self.layer]
         axes[0].plot(shown, [row.kv_bytes / 1024 for row in self.layer], "o-", color="#0072b2")
         axes[0].set(ylabel="KV cache, KiB per token and layer")
@@ -167,7 +167,6 @@ class Result:
             axis.set_xlabel("key/value heads")
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
-        pyplot.close(figure)
 
 
 def run(sizes: Sizes | None = None) -> Result:
@@ -262,14 +261,3 @@ def _shipped_model() -> tuple[int, tuple[ModelRow, ...]]:
 def _name(num_kv_heads: int, num_heads: int) -> str:
     kind = {num_heads: "MHA", 1: "MQA"}.get(num_kv_heads, "GQA")
     return f"{num_kv_heads} ({kind})"
-
-
-def _pyplot() -> Any:
-    """matplotlib's pyplot, without a screen."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ImportError('plot needs matplotlib: pip install "gqa-ext[plot]"') from None
-    matplotlib.use("agg", force=False)
-    matplotlib.rcParams["svg.hashsalt"] = "gqa_ext"
-    return importlib.import_module("matplotlib.pyplot")

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .attention import scaled_dot_product_attention
 from .cache import KVCache
-from .convert import pool_heads
+from .convert.methods import pool_heads  # not from .convert, which evaluates models with this module
 from .llama_files import Config, read_folder
 from .rope import RotaryEmbedding
 

@@ -67,6 +67,6 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, result: bench.
     def absent(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(bench.importlib, "import_module", absent)
+    monkeypatch.setattr("importlib.import_module", absent)
     with pytest.raises(ImportError, match=r"pip install \"gqa-ext\[plot\]\""):
         result.plot("x.svg")

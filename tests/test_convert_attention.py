@@ -79,6 +79,32 @@ def test_torch_multihead_attention() -> None:
     np.testing.assert_allclose(ours(x.numpy()), source(x, x, x)[0].detach().numpy(), atol=1e-5)
 
 
+def test_torch_multihead_attention_of_other_keys_pools_the_stacked_bias() -> None:
+    """With kdim torch keeps three weights but one bias; the expanded layer is one that torch itself runs."""
+    torch.manual_seed(0)
+    mha = torch.nn.MultiheadAttention(EMBED, HEADS, kdim=20, vdim=20, batch_first=True)
+    torch.nn.init.normal_(mha.in_proj_bias)
+    state = {name: tensor.detach().numpy() for name, tensor in mha.state_dict().items()}
+    native, expanded = (convert_attention(state, HEADS, 2, output=output).weights for output in ("native", "expanded"))
+    q, k, v = np.split(state["in_proj_bias"], 3)
+    k, v = (pool_heads(bias, HEADS, 2) for bias in (k, v))
+    np.testing.assert_array_equal(native["in_proj_bias"], np.concatenate([q, k, v]))
+    ours = gqa_ext.GroupedQueryAttention(EMBED, HEADS, 2, kv_embed_dim=20, bias=True)
+    ours.load_state_dict(native)
+    mha.load_state_dict({name: torch.from_numpy(array) for name, array in expanded.items()})
+    rng = np.random.default_rng(1)
+    query, key = rng.standard_normal((2, 3, EMBED), np.float32), rng.standard_normal((2, 4, 20), np.float32)
+    wanted = mha(*map(torch.from_numpy, (query, key, key)), need_weights=False)[0]
+    np.testing.assert_allclose(ours(query, key), wanted.detach().numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["bias_k", "bias_v"])
+def test_extra_keys_are_refused(name: str) -> None:
+    mha = torch.nn.MultiheadAttention(EMBED, HEADS).state_dict() | {name: torch.zeros(1, 1, EMBED)}
+    with pytest.raises(ValueError, match=f"tensor {name} is an extra key"):
+        convert_attention({key: tensor.numpy() for key, tensor in mha.items()}, HEADS, 2)
+
+
 def test_torch_tensors_and_prefixes() -> None:
     tensors = {f"layers.3.{name}": torch.from_numpy(array) for name, array in layer(out="out_proj").items()}
     result = convert_attention(tensors, HEADS, 2).weights

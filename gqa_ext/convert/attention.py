@@ -17,6 +17,7 @@ from .header import TensorInfo, dtype_name
 from .heads import LayerChange, Pooling, change_layer
 from .layouts import Model, read_model
 from .methods import check_method
+from .refusals import refuse_extra_keys
 
 __all__ = ["AttentionConversion", "convert_attention"]
 
@@ -114,6 +115,7 @@ def convert_attention(
         fail(ValueError, CALL, f"output is {output!r:.40}", "'native' or 'expanded' was wanted", "leave it out")
     arrays = _as_arrays(weights)
     num_heads = as_int(CALL, "num_heads", num_heads, 1)
+    refuse_extra_keys(CALL, arrays)
     layer = _only_layer(_read(arrays, num_heads, layout))
     if layer.num_kv_heads != num_heads and not as_flag(CALL, "allow_gqa", allow_gqa):
         came = f"the layer is grouped already: {layer.num_kv_heads} key/value heads for {num_heads} heads"

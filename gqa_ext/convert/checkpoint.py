@@ -22,12 +22,13 @@ from .execute import Progress, execute
 from .header import DTYPES, TensorInfo, reshape_header
 from .jsontext import edit_json
 from .layouts import ModelPlan, plan_model
+from .logits import bits_per_token
 from .parts import Copy, Given, Join, Part, Pool, StandIn
 from .report import ConversionReport, LayerReport
 from .source import CONFIG, Shard, Source, Stamp, open_source, stamp_of
 from .tasks import CHUNKS, LANES, FileRecord, FileTask
 
-__all__ = ["Checkpoint", "convert_checkpoint", "plan_checkpoint"]
+__all__ = ["Checkpoint", "convert_checkpoint", "kv_bytes", "plan_checkpoint", "tensor_part"]
 
 CALL = "convert_checkpoint"
 DEFAULT_MEMORY, LEAST_MEMORY = 256_000_000, 24_000_000  # bytes above the interpreter
@@ -89,6 +90,7 @@ def convert_checkpoint(
     progress: bool | Callable[[int, int], object] | None = None,
     layout: Any = None,
     num_heads: int | None = None,
+    evaluate: Any = None,
 ) -> ConversionReport:
     """Convert a multi-head checkpoint to grouped-query attention by pooling its key and value heads [1]_.
 
@@ -127,6 +129,9 @@ def convert_checkpoint(
         Names the tensors of an unknown architecture; see the error that lists the known ones.
     num_heads : int, optional
         Query heads, where no config says.
+    evaluate : array_like of int (..., S), optional
+        Tokens on which source and result are run by gqa_ext.llama, which must know the architecture; the report then
+        has the bits per token of both. The models are loaded whole, whatever `max_memory` says.
 
     Returns
     -------
@@ -165,10 +170,11 @@ def convert_checkpoint(
     choices = {"method": method, "groups": groups, "layers": layers, "output": output, "allow_gqa": allow_gqa}
     checkpoint = plan_checkpoint(src, num_kv_heads, **choices, layout=layout, num_heads=num_heads)
     destination = Destination(dst, checkpoint.source, as_flag(CALL, "overwrite", overwrite))
+    bits = None if evaluate is None else bits_per_token(checkpoint.source.folder, evaluate)
     digest = checkpoint.digest(method, output)
     with destination.opened(digest, checkpoint.names) as (folder, finished):
         if finished is not None:
-            return ConversionReport.from_dict(finished)
+            return _evaluated(ConversionReport.from_dict(finished), bits, evaluate)
         tasks = _tasks(checkpoint, os.fspath(folder), chunk)
         weights = len(checkpoint.shards)
         meter.total = sum(task.nbytes for task in tasks)
@@ -177,7 +183,7 @@ def convert_checkpoint(
         report = _report(checkpoint, records, method, output, os.fspath(destination.path))
         report = dataclasses.replace(report, seconds=time.monotonic() - started)
         destination.publish(digest, checkpoint.names, report.to_dict(), tasks[0].attempt)
-    return report
+    return _evaluated(report, bits, evaluate)
 
 
 def plan_checkpoint(src: str | os.PathLike[str], num_kv_heads: int | Sequence[int], **choices: Any) -> Checkpoint:
@@ -224,20 +230,27 @@ def _parts(shard: Shard, plan: ModelPlan, source: Source) -> tuple[Part, ...]:
     shapes = {name: _shape(name, plan, source) for name in plan.tensors.keys() & header.tensors.keys()}
     parts: list[Part] = [Given(reshape_header(header, shapes, dropped))]
     for name in header.data_order:
-        info = header.tensors[name]
-        moved = info._replace(start=shard.data_start + info.start)
-        last = parts[-1]
         if name in dropped:
             continue
-        if name in plan.joined:
-            parts.append(_join(name, plan, source))
-        elif name in plan.tensors:
-            parts.append(Pool(moved, plan.tensors[name], _stand_ins(name, plan)))
-        elif isinstance(last, Copy) and last.start + last.nbytes == moved.start:
-            parts[-1] = Copy(last.start, last.nbytes + info.nbytes)
+        last = parts[-1]
+        part = tensor_part(name, plan, source, shard)
+        if isinstance(last, Copy) and isinstance(part, Copy) and last.start + last.nbytes == part.start:
+            parts[-1] = Copy(last.start, last.nbytes + part.nbytes)
         else:
-            parts.append(Copy(moved.start, info.nbytes))
+            parts.append(part)
     return tuple(parts)
+
+
+def tensor_part(name: str, plan: ModelPlan, source: Source, shard: Shard | None = None) -> Join | Pool | Copy:
+    """One tensor of the result; `shard` is where it lies in the source, if that is known."""
+    shard = shard or source.shards[source.shard_of(name)]
+    info = shard.header.tensors[name]
+    moved = info._replace(start=shard.data_start + info.start)
+    if name in plan.joined:
+        return _join(name, plan, source)
+    if name in plan.tensors:
+        return Pool(moved, plan.tensors[name], _stand_ins(name, plan))
+    return Copy(moved.start, info.nbytes)
 
 
 def _shape(name: str, plan: ModelPlan, source: Source) -> tuple[int, ...]:
@@ -339,11 +352,19 @@ def _report(
         output=output, groups={layer.index: layer.groups for layer in plan.layers}, layers=rows,
         parameters_before=sum(math.prod(info.shape) for info in before.values()),
         parameters_after=sum(math.prod(info.shape) for info in after.values()),
-        kv_bytes_before=_kv_bytes(source, plan, before=True),
-        kv_bytes_after=_kv_bytes(source, plan, before=output == "expanded"),
+        kv_bytes_before=kv_bytes(before, plan, before=True),
+        kv_bytes_after=kv_bytes(before, plan, before=output == "expanded"),
         seconds=0.0, files={record.name: record.sha256 for record in records}, skipped=source.skipped,
         resumed=tuple(record.name for record in records if record.resumed),
     )  # fmt: skip
+
+
+def _evaluated(report: ConversionReport, bits: float | None, tokens: Any) -> ConversionReport:
+    """The report with the bits per token of the result beside the source's."""
+    if bits is None:
+        return report
+    after = bits_per_token(report.destination, tokens)
+    return dataclasses.replace(report, bits_per_token_before=bits, bits_per_token_after=after)
 
 
 def _error(sums: Mapping[str, tuple[float, float]], label: str) -> float:
@@ -351,11 +372,11 @@ def _error(sums: Mapping[str, tuple[float, float]], label: str) -> float:
     return math.sqrt(distance / norm) if distance else 0.0
 
 
-def _kv_bytes(source: Source, plan: ModelPlan, before: bool) -> int:
+def kv_bytes(tensors: Mapping[str, TensorInfo], plan: ModelPlan, before: bool) -> int:
     """Of one token: keys and values of all layers."""
     total = 0
     for layer in plan.layers:
-        bits, _ = DTYPES[source.tensors[layer.key.name].dtype]
+        bits, _ = DTYPES[tensors[layer.key.name].dtype]
         heads = layer.num_kv_heads_before if before else layer.num_kv_heads
         total += heads * (layer.head_dim + layer.v_head_dim) * bits // 8
     return total

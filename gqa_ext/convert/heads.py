@@ -158,6 +158,8 @@ def read_layer(
         parts = _with_bias(names, "q", shapes, axis, head_dim, "q")
         parts += _with_bias(names, "k", shapes, axis, head_dim, "k")
         parts += _with_bias(names, "v", shapes, axis, v_head_dim, "v")
+        if (stacked := f"{prefix}in_proj_bias") in shapes:  # torch.nn.MultiheadAttention with kdim: one bias for three
+            parts.append(Part(stacked, 0, head_dim, "stacked"))
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         name = names[(layout.qkv and "qkv") or "k"]
         _misfit(call, name, shapes[name], axis, f"a divisor of {num_heads} heads of head_dim {head_dim}")

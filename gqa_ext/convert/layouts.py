@@ -14,7 +14,7 @@ from .._messages import fail, kind
 from .architectures import ARCHITECTURES, LONE, Layout, as_layout, unknown
 from .heads import Layer, LayerPlan, Pooling, Shapes, change_layer, read_layer
 from .methods import check_method
-from .refusals import refuse_quantised, refuse_ranks, refuse_unpoolable
+from .refusals import refuse_extra_keys, refuse_quantised, refuse_ranks, refuse_unpoolable
 from .safetensors import TensorInfo
 from .slots import SlotMean
 
@@ -123,6 +123,7 @@ def plan_model(
     """
     check_method(method, None, CALL)
     expanded = _is_expanded(output)
+    refuse_extra_keys(CALL, tensors)
     model = read_model(CALL, config, tensors, layout, num_heads)
     _refuse_grouped(model, as_flag(CALL, "allow_gqa", allow_gqa))
     wanted = _wanted(num_kv_heads, _chosen(layers, model), model)

@@ -4,13 +4,13 @@ Called by layouts.py with a config and the headers.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._messages import fail
 from .safetensors import TensorInfo
 
-__all__ = ["refuse_quantised", "refuse_ranks", "refuse_unpoolable"]
+__all__ = ["refuse_extra_keys", "refuse_quantised", "refuse_ranks", "refuse_unpoolable"]
 
 POOLABLE = ("F16", "BF16", "F32", "F64")
 
@@ -65,3 +65,11 @@ def refuse_unpoolable(call: str, name: str, info: TensorInfo) -> None:
         kind = "fp8" if info.dtype.startswith("F8") else "quantised"
         came = f"tensor {name} has dtype {info.dtype}: it is {kind}"
         fail(ValueError, call, came, f"{', '.join(POOLABLE)} were wanted", "convert the unquantised checkpoint")
+
+
+def refuse_extra_keys(call: str, tensors: Iterable[str]) -> None:
+    """torch's add_bias_kv: one more key and value for each head, which no grouped layer takes."""
+    for name in tensors:
+        if name.rpartition(".")[2] in ("bias_k", "bias_v"):
+            fix = "build the layer with add_bias_kv=False"
+            fail(ValueError, call, f"tensor {name} is an extra key or value", "a layer without them was wanted", fix)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .plots import as_html, draw
+
 __all__ = ["ConversionReport", "LayerReport"]
 
 
@@ -55,6 +57,8 @@ class ConversionReport:
         Files of the source that were not copied: weights in other formats, and what is too large.
     resumed : tuple of str
         Files that an earlier, interrupted run had finished.
+    bits_per_token_before, bits_per_token_after : float or None
+        Of the tokens given as ``evaluate=``, by the source and by the result.
     """
 
     source: str
@@ -72,6 +76,8 @@ class ConversionReport:
     files: Mapping[str, str]
     skipped: tuple[str, ...] = ()
     resumed: tuple[str, ...] = ()
+    bits_per_token_before: float | None = None
+    bits_per_token_after: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings; an error that is no number is None."""
@@ -84,6 +90,37 @@ class ConversionReport:
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        """The report as tables, for notebooks."""
+        return as_html(self)
+
+    def plot(self, layer: int | None = None, *, axes: Any = None) -> Any:
+        """Draw the error of each layer or, where `layer` is given, how alike its heads are.
+
+        Parameters
+        ----------
+        layer : int, optional
+            Draw cosine similarities, from -1 to 1, of the source's key heads and of its value heads in this layer,
+            each head's weights taken as one vector. Heads that are alike lose little when they are pooled; blocks
+            away from the diagonal suggest ``groups=``. The source's files are read for it.
+        axes : matplotlib Axes, optional
+            One to draw the errors into, or two for a layer; None makes a figure.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed: the extra ``plot``.
+        ValueError
+            No such layer, or another number of axes.
+        FileNotFoundError
+            The source is gone.
+        """
+        return draw(self, layer, axes)
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> "ConversionReport":
