@@ -82,12 +82,8 @@ class FromCheckpoint(Generic[T]):
         GroupedQueryAttention(128, 8, 8, rope=RotaryEmbedding(16, base=10000.0))
         """
         number = as_int(CALL, "layer", layer, 0)
-        try:
-            source = open_source(path)
-            model = read_model(CALL, source.config, source.tensors, layout, num_heads)
-        except (ValueError, FileNotFoundError) as error:  # source.py speaks for the converter
-            message = str(error).replace("convert_checkpoint(): src ", f"{CALL}(): path ")
-            raise type(error)(message.replace("convert_checkpoint()", f"{CALL}()")) from None
+        source = open_source(path, CALL, "path")
+        model = read_model(CALL, source.config, source.tensors, layout, num_heads)
         if number >= len(model.layers):
             came = f"layer is {number} for {os.fspath(path)}"
             fail(ValueError, CALL, came, f"0 to {len(model.layers) - 1} were wanted", "name a layer that is there")

@@ -88,11 +88,11 @@ def inspect_checkpoint(
 def _open(path: Path) -> list[Source]:
     """The source; the files of a folder one by one where no config belongs to them."""
     if not path.is_dir() or os.path.lexists(path / CONFIG):
-        return [open_source(path)]
+        return [open_source(path, CALL, "path")]
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".npz"))
     if not files:
         raise FileNotFoundError(f"{CALL}(): {path} has no .safetensors or .npz file; one was wanted")
-    return [open_source(file) for file in files]
+    return [open_source(file, CALL, "path") for file in files]
 
 
 def _attention(

@@ -3,7 +3,7 @@
 A source is a Hugging Face folder (config.json, model.safetensors or shards with their index) or one
 .safetensors or .npz file, with config.json beside it unless it is a lone state dict. Links are followed: in a Hub
 cache every file is one. Nothing is trusted: an index may be hostile, a shard cut short, a file a pipe.
-Nothing is written here. Called by checkpoint.py.
+Nothing is written here. Called by checkpoint.py, and by whatever else reads a checkpoint.
 """
 
 import json
@@ -106,8 +106,21 @@ class Source:
         yield from (self.folder / name for name, text in texts.items() if text is not None)
 
 
-def open_source(src: str | os.PathLike[str]) -> Source:
-    """Find the files of `src` and read its config, its index and the headers of its shards."""
+def open_source(src: str | os.PathLike[str], call: str = "convert_checkpoint", argument: str = "src") -> Source:
+    """Find the files of `src` and read its config, its index and the headers of its shards.
+
+    `call` and `argument` are whose and which it is in messages.
+    """
+    try:
+        return _find(src)
+    except (ValueError, FileNotFoundError) as error:
+        if f"{call}()" == CALL:
+            raise
+        message = str(error).replace(f"{CALL}: src ", f"{call}(): {argument} ").replace(CALL, f"{call}()")
+        raise type(error)(message) from None
+
+
+def _find(src: str | os.PathLike[str]) -> Source:
     path = Path(src)
     if not path.exists():
         raise FileNotFoundError(f"{CALL}: src {path} does not exist; a model folder or a .safetensors file was wanted")

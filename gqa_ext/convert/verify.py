@@ -116,7 +116,7 @@ def verify_checkpoint(
     >>> found.ok, found.method, set(found.num_kv_heads)
     (True, 'first', {2})
     """
-    source, folder = open_source(src), Path(dst)
+    source, folder = open_source(src, CALL), Path(dst)
     if not folder.is_dir():
         raise FileNotFoundError(f"{CALL}(): dst {folder} is no folder; the folder of a conversion was wanted")
     faults: list[str] = []
