@@ -22,6 +22,7 @@ BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
                     1, columns, count, 0);
 }
 
+/* Narrow rows go twice as many columns wide in strips of half the width: each is widened for twice as many products. */
 BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
                        int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
     if (dtype != OWN)

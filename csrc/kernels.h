@@ -17,9 +17,8 @@
 #include "gqa.h"
 
 enum {
-    GQA_KEY_TILE = 128, /* keys that share one score tile */
-    GQA_FEW_PIECE =
-        16, /* keys whose values outer_few adds up before it adds them to c: calls cut there change no bit */
+    GQA_KEY_TILE = 128,     /* keys that share one score tile */
+    GQA_FEW_PIECE = 16,     /* keys that outer_few sums before it adds to c: calls cut there change no bit */
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
 };
 
