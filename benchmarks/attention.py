@@ -77,9 +77,7 @@ def main() -> None:
             print(f"\n{report.text(results[-1])}", flush=True)
     if args.markdown:
         print(f"\n{report.markdown(results)}")
-    share = bystanders.share()
-    if share is not None:
-        print(f"\n{args.rounds} rounds; other programs used {share:.0%} of the machine meanwhile")
+    bystanders.report(args.rounds)
 
 
 if __name__ == "__main__":

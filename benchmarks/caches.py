@@ -6,7 +6,6 @@ quotient under a ceiling. The peer of the smallest step is torch, where it is in
 
 from __future__ import annotations
 
-import argparse
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,17 +128,9 @@ def _growth(steps: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def _arguments() -> argparse.Namespace:
-    options = machine.parser("what the caches of gqa_ext cost, each against a peer over the same keys")
-    args = options.parse_args()
-    names = machine.chosen(options, args.only, [case.name for case in CASES])
-    args.cases = [case for case in CASES if case.name in names]
-    return args
-
-
 def main() -> None:
     """Measure, and print as it goes."""
-    args = _arguments()
+    args = machine.cases("what the caches of gqa_ext cost, each against a peer over the same keys", CASES)
     gqa_ext.set_num_threads(args.threads)
     print(machine.describe(args.threads, ["gqa_ext"]), flush=True)
     bystanders = Bystanders()
@@ -161,9 +152,7 @@ def main() -> None:
             print(f"\n{case.name}   {verdict}\n  {ours} / {theirs} = {cost:.2f} (ceiling {case.at_most:g})", flush=True)
     if not args.only:
         print(f"\n10,000 decode steps: {_growth(10_000):.1f} MiB more")
-    share = bystanders.share()
-    if share is not None:
-        print(f"\n{machine.rounds(args)} rounds; other programs used {share:.0%} of the machine meanwhile")
+    bystanders.report(machine.rounds(args))
 
 
 if __name__ == "__main__":

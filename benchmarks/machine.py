@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -34,6 +35,22 @@ def chosen(options: argparse.ArgumentParser, only: Sequence[str] | None, names: 
     if not kept:
         options.error(f"--only {only}: no such work; there are: {'; '.join(names)}")
     return kept
+
+
+class Named(Protocol):
+    """Whatever `--only` can choose by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def cases(description: str, known: Sequence[Named]) -> argparse.Namespace:
+    """The options of a program that measures cases, with those that are wanted as `cases`."""
+    options = parser(description)
+    args = options.parse_args()
+    names = chosen(options, args.only, [case.name for case in known])
+    args.cases = [case for case in known if case.name in names]
+    return args
 
 
 def describe(threads: int, packages: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ of query-key pairs that it leaves, so that 1 means: time proportional to live wo
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -156,17 +155,9 @@ def _markdown(outcomes: Iterable[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _arguments() -> argparse.Namespace:
-    options = machine.parser("what the rules of gqa_ext cost, each against the same call without it")
-    args = options.parse_args()
-    names = machine.chosen(options, args.only, [case.name for case in CASES])
-    args.cases = [case for case in CASES if case.name in names]
-    return args
-
-
 def main() -> None:
     """Measure, and print as it goes."""
-    args = _arguments()
+    args = machine.cases("what the rules of gqa_ext cost, each against the same call without it", CASES)
     gqa_ext.set_num_threads(args.threads)
     print(machine.describe(args.threads, ["gqa_ext"]), flush=True)
     bystanders = Bystanders()
@@ -177,9 +168,7 @@ def main() -> None:
             print(f"\n{_text(outcomes[-1])}", flush=True)
     if args.markdown:
         print(f"\n{_markdown(outcomes)}")
-    share = bystanders.share()
-    if share is not None:
-        print(f"\n{machine.rounds(args)} rounds; other programs used {share:.0%} of the machine meanwhile")
+    bystanders.report(machine.rounds(args))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ class Bystanders:
             return None
         return max(0.0, (now - others) / ((time.perf_counter() - begin) * (os.cpu_count() or 1)))
 
+    def report(self, rounds: int) -> None:
+        """Print how much they used, where it is known."""
+        share = self.share()
+        if share is not None:
+            print(f"\n{rounds} rounds; other programs used {share:.0%} of the machine meanwhile")
+
     @staticmethod
     def _others() -> float | None:
         stat = Path("/proc/stat")

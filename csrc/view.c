@@ -4,18 +4,16 @@
 
 #include <string.h>
 
-static int64_t size_of(enum gqa_dtype dtype) {
-    return dtype == GQA_INT8 ? 1 : dtype == GQA_FLOAT32 ? 4 : dtype == GQA_FLOAT64 ? 8 : 2;
-}
+#include "elements.h"
 
 static bool lies_plainly(const struct gqa_operand *operand, const char *at, int64_t width) {
-    const int64_t size = size_of(operand->dtype);
+    const int64_t size = (int64_t)gqa_itemsize(operand->dtype);
     const bool aligned = size == 1 || (operand->row % size == 0 && (uintptr_t)at % (uintptr_t)size == 0);
     return !operand->swapped && (operand->column == size || width <= 1) && aligned;
 }
 
 static struct gqa_rows in_place(const struct gqa_operand *operand, const char *at, int64_t first) {
-    return (struct gqa_rows){at + first * operand->row, (ptrdiff_t)(operand->row / size_of(operand->dtype)),
+    return (struct gqa_rows){at + first * operand->row, (ptrdiff_t)(operand->row / (int64_t)gqa_itemsize(operand->dtype)),
                              operand->dtype};
 }
 
