@@ -14,15 +14,10 @@ enum { STRIP = 512 }; /* elements of a row on the stack at a time */
 
 /* ---- checks ---- */
 
-static bool is_float(const struct gqa_array *array) {
-    return array->dtype == GQA_FLOAT16 || array->dtype == GQA_BFLOAT16 || array->dtype == GQA_FLOAT32 ||
-           array->dtype == GQA_FLOAT64;
-}
-
 static bool store_fits(const struct gqa_array *rows, const struct gqa_array *scales, const struct gqa_array *new_rows) {
-    if (rows->ndim != 4 || new_rows->ndim != 4 || !is_float(new_rows) || rows->swapped) return false;
+    if (rows->ndim != 4 || new_rows->ndim != 4 || !gqa_is_float(new_rows->dtype) || rows->swapped) return false;
     if (rows->shape[1] != new_rows->shape[1] || rows->shape[3] != new_rows->shape[3]) return false;
-    if (!scales->data) return is_float(rows) && rows->dtype != GQA_FLOAT64;
+    if (!scales->data) return gqa_is_float(rows->dtype) && rows->dtype != GQA_FLOAT64;
     return rows->dtype == GQA_INT8 && scales->dtype == GQA_FLOAT32 && !scales->swapped && scales->ndim == 3 &&
            !memcmp(scales->shape, rows->shape, 3 * sizeof *scales->shape);
 }

@@ -5,8 +5,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "elements.h"
+
 static bool is_half_or_float(enum gqa_dtype dtype) {
-    return dtype == GQA_FLOAT16 || dtype == GQA_BFLOAT16 || dtype == GQA_FLOAT32;
+    return gqa_is_float(dtype) && dtype != GQA_FLOAT64;
 }
 
 /* float64 goes only with float64; the others in any mix, and int8 where scales say what it means. */
@@ -143,7 +145,7 @@ static bool numbers_fit(const struct gqa_attention *problem) {
 }
 
 static bool is_float(const struct gqa_array *array) {
-    return !array->data || is_half_or_float(array->dtype) || array->dtype == GQA_FLOAT64;
+    return !array->data || gqa_is_float(array->dtype);
 }
 
 /* Rising from 0 to at most the number of packed rows. */

@@ -1,11 +1,16 @@
 /* elements.h: rows of elements between the caller's arrays and packed rows of double.
  *
  * Packed means one after the other in this machine's byte order, of any alignment.
- * Rows never overlap.  Used by convert.c and rope.c. */
+ * Rows never overlap.  Used by convert.c, rope.c, cache.c, check.c and view.c. */
 #ifndef GQA_ELEMENTS_H
 #define GQA_ELEMENTS_H
 
 #include "gqa.h"
+
+/* Whether dtype is one of the four kinds of float. */
+static inline bool gqa_is_float(enum gqa_dtype dtype) {
+    return dtype == GQA_FLOAT16 || dtype == GQA_BFLOAT16 || dtype == GQA_FLOAT32 || dtype == GQA_FLOAT64;
+}
 
 size_t gqa_itemsize(enum gqa_dtype dtype);
 

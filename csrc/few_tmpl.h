@@ -33,50 +33,52 @@ BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_s
             few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, ahead);
 }
 
-BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
-                      int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
-    for (int t = 0, some; t < count; t += some, a += some * a_step, b += some) {
+/* The same, without what has a factor 0. */
+BLOCK void careful_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
+                           int lanes, const real *b, ptrdiff_t b_n, int n, int count) {
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < lanes; lane += LANES) {
+            real *to = c + i * c_stride + lane;
+            const char *strip = a + lane * size_of(dtype);
+            vstore(to, vadd(vload(to), careful_sum(strip, a_step, dtype, lanes - lane, b + i * b_n, 1, count)));
+        }
+}
+
+/* Both forms go by the same pieces, so that a masked NaN changes no bit of a row that masks it. */
+BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_stride, const enum gqa_dtype dtype,
+                      int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead, const bool careful) {
+    const ptrdiff_t step = a_stride * size_of(dtype);
+    for (int t = 0, some; t < count; t += some, a += some * step, b += some) {
         some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
-        few_columns(c, c_stride, a, a_step, dtype, lanes, b, b_n, n, some, ahead);
+        if (careful)
+            careful_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some);
+        else
+            few_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some, ahead);
+    }
+}
+
+BLOCK void few_products(void *c, ptrdiff_t c_stride, const void *a, ptrdiff_t a_stride, enum gqa_dtype dtype, int lanes,
+                        const void *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead, const bool careful) {
+    switch (streamed(dtype)) {
+    case GQA_FLOAT16:
+        few_pieces(c, c_stride, a, a_stride, GQA_FLOAT16, lanes, b, b_n, n, count, ahead, careful);
+        break;
+    case GQA_BFLOAT16:
+        few_pieces(c, c_stride, a, a_stride, GQA_BFLOAT16, lanes, b, b_n, n, count, ahead, careful);
+        break;
+    case GQA_INT8: few_pieces(c, c_stride, a, a_stride, GQA_INT8, lanes, b, b_n, n, count, ahead, careful); break;
+    default: few_pieces(c, c_stride, a, a_stride, OWN, lanes, b, b_n, n, count, ahead, careful);
     }
 }
 
 static void outer_few(void *c, ptrdiff_t c_stride, const void *a, ptrdiff_t a_stride, enum gqa_dtype dtype, int lanes,
                       const void *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
-    const ptrdiff_t step = a_stride * size_of(dtype);
-    switch (streamed(dtype)) {
-    case GQA_FLOAT16: few_pieces(c, c_stride, a, step, GQA_FLOAT16, lanes, b, b_n, n, count, ahead); break;
-    case GQA_BFLOAT16: few_pieces(c, c_stride, a, step, GQA_BFLOAT16, lanes, b, b_n, n, count, ahead); break;
-    case GQA_INT8: few_pieces(c, c_stride, a, step, GQA_INT8, lanes, b, b_n, n, count, ahead); break;
-    default: few_pieces(c, c_stride, a, step, OWN, lanes, b, b_n, n, count, ahead);
-    }
-}
-
-/* In the pieces of outer_few, so that a masked NaN changes no bit of a row that masks it. */
-BLOCK void careful_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
-                          int lanes, const real *b, ptrdiff_t b_n, int n, int count) {
-    for (int t = 0, some; t < count; t += some, a += some * a_step, b += some) {
-        some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
-        for (int i = 0; i < n; i++)
-            for (int lane = 0; lane < lanes; lane += LANES) {
-                real *to = c + i * c_stride + lane;
-                const char *strip = a + lane * size_of(dtype);
-                const vec sum = careful_sum(strip, a_step, dtype, lanes - lane, b + i * b_n, 1, some);
-                vstore(to, vadd(vload(to), sum));
-            }
-    }
+    few_products(c, c_stride, a, a_stride, dtype, lanes, b, b_n, n, count, ahead, false);
 }
 
 static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *a, ptrdiff_t a_stride, enum gqa_dtype dtype,
                               int lanes, const void *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
-    (void)ahead;
-    const ptrdiff_t step = a_stride * size_of(dtype);
-    switch (streamed(dtype)) {
-    case GQA_FLOAT16: careful_pieces(c, c_stride, a, step, GQA_FLOAT16, lanes, b, b_n, n, count); break;
-    case GQA_BFLOAT16: careful_pieces(c, c_stride, a, step, GQA_BFLOAT16, lanes, b, b_n, n, count); break;
-    case GQA_INT8: careful_pieces(c, c_stride, a, step, GQA_INT8, lanes, b, b_n, n, count); break;
-    default: careful_pieces(c, c_stride, a, step, OWN, lanes, b, b_n, n, count);
-    }
+    few_products(c, c_stride, a, a_stride, dtype, lanes, b, b_n, n, count, ahead, true);
 }
 
 /* ---- dot: keys as they lie ---- */
