@@ -67,25 +67,27 @@ BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const boo
 }
 
 /* All n rows of c for one strip of lanes; whichever of b's strides is 1 becomes a constant. */
-BLOCK void outer_strip(real *c, ptrdiff_t c_stride, const real *scale, const char *a, ptrdiff_t a_step,
-                       const int vectors, const real *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+BLOCK void outer_strip(real *c, const real *scale, const real *a, const int vectors, const real *b, ptrdiff_t b_n,
+                       ptrdiff_t b_t, int n, int count) {
+    const ptrdiff_t step = ROW_TILE * sizeof(real);
+    const char *from = (const char *)a;
     UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
-        for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n) {
+        for (; n >= columns; n -= columns, c += columns * ROW_TILE, b += columns * b_n) {
             if (b_t == 1)
-                outer_block(c, c_stride, scale, false, a, a_step, OWN, vectors, 0, b, b_n, 1, columns, count, 0);
+                outer_block(c, ROW_TILE, scale, false, from, step, OWN, vectors, 0, b, b_n, 1, columns, count, 0);
             else
-                outer_block(c, c_stride, scale, false, a, a_step, OWN, vectors, 0, b, 1, b_t, columns, count, 0);
+                outer_block(c, ROW_TILE, scale, false, from, step, OWN, vectors, 0, b, 1, b_t, columns, count, 0);
         }
 }
 
-static void outer(void *c, ptrdiff_t c_stride, const void *scale, const void *a, ptrdiff_t a_stride, int lanes,
-                  const void *b, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+static void outer(void *c, const void *scale, const void *a, int lanes, const void *b, ptrdiff_t b_n, ptrdiff_t b_t,
+                  int n, int count) {
     int lane = 0;
     const real *unit = scale;
     UNROLL for (int vectors = ROW_VECTORS; vectors > 0; vectors--)
         for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
-            outer_strip((real *)c + lane, c_stride, unit ? unit + lane : NULL, (const char *)((const real *)a + lane),
-                        a_stride * (ptrdiff_t)sizeof(real), vectors, b, b_n, b_t, n, count);
+            outer_strip((real *)c + lane, unit ? unit + lane : NULL, (const real *)a + lane, vectors, b, b_n, b_t, n,
+                        count);
 }
 
 /* The same sum of one vector, or of only `rest` lanes, without what has a factor 0. */
@@ -101,14 +103,15 @@ BLOCK vec careful_sum(const char *a, ptrdiff_t a_step, const enum gqa_dtype dtyp
     return sum;
 }
 
-static void outer_careful(void *c_, ptrdiff_t c_stride, const void *scale_, const void *a_, ptrdiff_t a_stride,
-                          int lanes, const void *b_, ptrdiff_t b_n, ptrdiff_t b_t, int n, int count) {
+static void outer_careful(void *c_, const void *scale_, const void *a_, int lanes, const void *b_, ptrdiff_t b_n,
+                          ptrdiff_t b_t, int n, int count) {
+    const ptrdiff_t step = ROW_TILE * sizeof(real);
     const real *b = b_, *scale = scale_;
     for (int i = 0; i < n; i++)
         for (int lane = 0; lane < lanes; lane += LANES) {
-            real *to = (real *)c_ + i * c_stride + lane;
+            real *to = (real *)c_ + i * ROW_TILE + lane;
             const char *a = (const char *)((const real *)a_ + lane);
-            const vec sum = careful_sum(a, a_stride * (ptrdiff_t)sizeof(real), OWN, LANES, b + i * b_n, b_t, count);
+            const vec sum = careful_sum(a, step, OWN, LANES, b + i * b_n, b_t, count);
             vstore(to, scale ? vfma(vload(to), vload(scale + lane), sum) : sum);
         }
 }
@@ -155,9 +158,15 @@ static vec finish_lanes(real *s, const real *bias, const struct finish *f, int k
     return m;
 }
 
+/* Several maxima side by side: one alone would wait for itself. */
 static vec highest_lanes(const real *s, int keys, vec m) {
-    for (int j = 0; j < keys; j++) m = vmax(vload(s + j * ROW_TILE), m);
-    return m;
+    enum { SIDE = 4 };
+    vec top[SIDE] = {m, m, m, m};
+    int j = 0;
+    for (; keys - j >= SIDE; j += SIDE)
+        UNROLL for (int i = 0; i < SIDE; i++) top[i] = vmax(vload(s + (j + i) * ROW_TILE), top[i]);
+    for (; j < keys; j++) m = vmax(vload(s + j * ROW_TILE), m);
+    return vmax(m, vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 }
 
 static vec weigh_lanes(real *s, int keys, vec shift) {

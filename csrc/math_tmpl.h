@@ -5,12 +5,12 @@
 static inline vec vexp(vec x) {
     const real log2_e = REAL(1.44269504088896340736);
     x = vmax(vset(EXP_MIN), x); /* in this order NaN stays */
-    const vec n = vround(vmul(x, vset(log2_e)));
+    const vec shifted = vfma(x, vset(log2_e), vset(TO_EXPONENT)), n = vsub(shifted, vset(TO_EXPONENT));
     const vec r = vfma(n, vset(-LN2_LOW), vfma(n, vset(-LN2_HIGH), x));
     vec sum = vset(exp_terms[0]);
     for (size_t i = 1; i < sizeof exp_terms / sizeof *exp_terms; i++) sum = vfma(sum, r, vset(exp_terms[i]));
-    sum = vadd(vfma(vmul(sum, r), r, r), vset(1));
-    return vmul(sum, vpow2(n));
+    sum = vfma(vfma(sum, r, vset(1)), r, vset(1));
+    return vmul(sum, vexponent(shifted));
 }
 
 /* tanh(x) within 3 ulp, NaN for NaN. */

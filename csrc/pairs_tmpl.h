@@ -6,25 +6,25 @@
 /* clang-format off */
 
 /* One block of c: `columns` rows of `vectors` vectors. */
-BLOCK void outer_pairs_block(real *c, ptrdiff_t c_stride, const uint32_t *a, ptrdiff_t a_stride, const int vectors,
-                             const char *b, ptrdiff_t b_step, const int columns, int count, vec scale) {
+BLOCK void outer_pairs_block(real *c, const uint32_t *a, const int vectors, const char *b, ptrdiff_t b_step,
+                             const int columns, int count, vec scale) {
     vec sum[COLUMNS][ROW_VECTORS];
     UNROLL for (int n = 0; n < columns; n++)
         UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
     for (ptrdiff_t t = 0; t < count; t++) {
         pairs x[ROW_VECTORS];
-        UNROLL for (int v = 0; v < vectors; v++) x[v] = vload_pairs(a + t * a_stride + v * LANES);
+        UNROLL for (int v = 0; v < vectors; v++) x[v] = vload_pairs(a + t * ROW_TILE + v * LANES);
         UNROLL for (int n = 0; n < columns; n++) {
             const pairs y = vset_pair(b + n * b_step + t * (ptrdiff_t)sizeof(uint32_t));
             UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma_pairs(x[v], y, sum[n][v]);
         }
     }
     UNROLL for (int n = 0; n < columns; n++)
-        UNROLL for (int v = 0; v < vectors; v++) vstore(c + n * c_stride + v * LANES, vmul(sum[n][v], scale));
+        UNROLL for (int v = 0; v < vectors; v++) vstore(c + n * ROW_TILE + v * LANES, vmul(sum[n][v], scale));
 }
 
-static void outer_pairs(void *c_, ptrdiff_t c_stride, double scale, const void *a_, ptrdiff_t a_stride, int lanes,
-                        const void *b_, ptrdiff_t b_stride, int n, int count) {
+static void outer_pairs(void *c_, double scale, const void *a_, int lanes, const void *b_, ptrdiff_t b_stride, int n,
+                        int count) {
     const ptrdiff_t step = 2 * b_stride;
     const vec by = vset(clamped(scale));
     int lane = 0;
@@ -35,8 +35,8 @@ static void outer_pairs(void *c_, ptrdiff_t c_stride, double scale, const void *
             const char *b = b_;
             int left = n;
             UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
-                for (; left >= columns; left -= columns, c += columns * c_stride, b += columns * step)
-                    outer_pairs_block(c, c_stride, a, a_stride, vectors, b, step, columns, count, by);
+                for (; left >= columns; left -= columns, c += columns * ROW_TILE, b += columns * step)
+                    outer_pairs_block(c, a, vectors, b, step, columns, count, by);
         }
 }
 

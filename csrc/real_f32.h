@@ -8,6 +8,8 @@ typedef float real;
 
 #define REAL(x) x##f
 #define EXP_MIN REAL(-87.9) /* rounds to 2^-127, whose bits are those of 0 */
+/* added to a number of up to 2^21, it leaves the nearest integer n, and n + 127 in the lowest bits */
+#define TO_EXPONENT REAL(12583039.0)
 #define LN2_HIGH REAL(0.693359375)
 #define LN2_LOW REAL(-2.12194440e-4)
 /* (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, Chebyshev fit, relative error 8e-9; highest power first */

@@ -8,6 +8,8 @@ typedef double real;
 
 #define REAL(x) x
 #define EXP_MIN REAL(-708.9) /* rounds to 2^-1023, whose bits are those of 0 */
+/* added to a number of up to 2^50, it leaves the nearest integer n, and n + 1023 in the lowest bits */
+#define TO_EXPONENT REAL(6755399441056767.0)
 #define LN2_HIGH REAL(0.693145751953125)
 #define LN2_LOW REAL(1.42860682030941723212e-6)
 /* (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, Chebyshev fit, relative error 2e-17; highest power first */

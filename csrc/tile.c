@@ -158,16 +158,15 @@ static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
 static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
                   const struct step *step, const struct key_tile *keys) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int row_tile = kernels->row_tile, count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
+    const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
     const char *query = gqa_query_tile(plan, unit, work, tile), *key = from_first(plan, step, keys, &keys->key);
     if (unit->form->few)
         score_few(plan, unit, work, step);
     else if (plan->paired)
-        kernels->outer_pairs(step->scores, row_tile, plan->scale, query, row_tile, lanes_of(plan, step), key,
-                             keys->key.stride, count, head_dim / 2);
+        kernels->outer_pairs(step->scores, plan->scale, query, lanes_of(plan, step), key, keys->key.stride, count,
+                             head_dim / 2);
     else
-        kernels->outer(step->scores, row_tile, NULL, query, row_tile, lanes_of(plan, step), key, keys->key.stride, 1,
-                       count, head_dim);
+        kernels->outer(step->scores, NULL, query, lanes_of(plan, step), key, keys->key.stride, 1, count, head_dim);
 }
 
 /* Scores to weights, for rows whose maxima and sums so far are m and l. */
@@ -218,11 +217,9 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
 static void add_values(const struct gqa_plan *plan, struct gqa_work *work, const struct step *step,
                        struct key_tile *keys) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int row_tile = kernels->row_tile;
     gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_careful : kernels->outer;
-    outer(step->o, row_tile, work->alpha, step->scores, row_tile, lanes_of(plan, step),
-          from_first(plan, step, keys, &keys->value), 1, keys->value.stride, (int)plan->v_dim,
-          (int)(step->end - step->first));
+    outer(step->o, work->alpha, step->scores, lanes_of(plan, step), from_first(plan, step, keys, &keys->value), 1,
+          keys->value.stride, (int)plan->v_dim, (int)(step->end - step->first));
 }
 
 static void drop_out(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t tile, const struct step *step) {

@@ -34,10 +34,8 @@ static inline mask vlt(vec a, vec b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }
 static inline mask veq(vec a, vec b) { return _mm256_cmp_pd(a, b, _CMP_EQ_OQ); }
 static inline vec vselect(mask m, vec a, vec b) { return _mm256_blendv_pd(b, a, m); }
 
-static inline vec vround(vec x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline vec vpow2(vec n) { /* n integral, -1023 (giving 0) to 1023 */
-    __m256i biased = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
-    return _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52));
+static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52));
 }
 
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */

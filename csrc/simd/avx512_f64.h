@@ -31,10 +31,8 @@ static inline mask vlt(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_O
 static inline mask veq(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
 static inline vec vselect(mask m, vec a, vec b) { return _mm512_mask_blend_pd(m, b, a); }
 
-static inline vec vround(vec x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline vec vpow2(vec n) { /* n integral, -1023 (giving 0) to 1023 */
-    __m512i biased = _mm512_add_epi64(_mm512_cvtpd_epi64(n), _mm512_set1_epi64(1023));
-    return _mm512_castsi512_pd(_mm512_slli_epi64(biased, 52));
+static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52));
 }
 
 static inline __m256d vhalves(vec x) { return _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1)); }

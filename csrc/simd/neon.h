@@ -34,10 +34,8 @@ static inline mask vlt(vec a, vec b) { return vcltq_f32(a, b); }
 static inline mask veq(vec a, vec b) { return vceqq_f32(a, b); }
 static inline vec vselect(mask m, vec a, vec b) { return vbslq_f32(m, a, b); }
 
-static inline vec vround(vec x) { return vrndnq_f32(x); }
-static inline vec vpow2(vec n) { /* n integral, -127 (giving 0) to 127 */
-    int32x4_t biased = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-    return vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
+static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23));
 }
 
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */

@@ -31,10 +31,8 @@ static inline mask vlt(vec a, vec b) { return vcltq_f64(a, b); }
 static inline mask veq(vec a, vec b) { return vceqq_f64(a, b); }
 static inline vec vselect(mask m, vec a, vec b) { return vbslq_f64(m, a, b); }
 
-static inline vec vround(vec x) { return vrndnq_f64(x); }
-static inline vec vpow2(vec n) { /* n integral, -1023 (giving 0) to 1023 */
-    int64x2_t biased = vaddq_s64(vcvtq_s64_f64(n), vdupq_n_s64(1023));
-    return vreinterpretq_f64_s64(vshlq_n_s64(biased, 52));
+static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
+    return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52));
 }
 
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */

@@ -35,13 +35,12 @@ static inline mask vlt(vec a, vec b) { return a < b; }
 static inline mask veq(vec a, vec b) { return a == b; }
 static inline vec vselect(mask m, vec a, vec b) { return m ? a : b; }
 
-/* Adding and taking away 1.5 * 2^23 leaves no room for a fraction. */
-static inline vec vround(vec x) { return (x + REAL(12582912.0)) - REAL(12582912.0); }
-static inline vec vpow2(vec n) { /* n integral, -127 (giving 0) to 127; NaN may give anything */
-    int32_t bits = (int32_t)((uint32_t)(int32_t)(n > -127 ? n : -127) + 127) << 23;
-    vec power;
-    memcpy(&power, &bits, sizeof power);
-    return power;
+static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits <<= 23;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */

@@ -35,13 +35,12 @@ static inline mask vlt(vec a, vec b) { return a < b; }
 static inline mask veq(vec a, vec b) { return a == b; }
 static inline vec vselect(mask m, vec a, vec b) { return m ? a : b; }
 
-/* Adding and taking away 1.5 * 2^52 leaves no room for a fraction. */
-static inline vec vround(vec x) { return (x + REAL(6755399441055744.0)) - REAL(6755399441055744.0); }
-static inline vec vpow2(vec n) { /* n integral, -1023 (giving 0) to 1023; NaN may give anything */
-    int64_t bits = (int64_t)((uint64_t)(int64_t)(n > -1023 ? n : -1023) + 1023) << 52;
-    vec power;
-    memcpy(&power, &bits, sizeof power);
-    return power;
+static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits <<= 52;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
