@@ -94,7 +94,7 @@ struct gqa_kernels {
     void (*blend)(void *c, const void *d, ptrdiff_t stride, int n, int lanes, const void *weight,
                   const void *other_weight, bool rows);
 
-    /* c = c / l, and 0 where l is 0. */
+    /* c = c / l, and 0 where l is 0: at most few_rows rows, or row_tile lanes. */
     void (*divide)(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows);
 
     /* Whether all of x (n, width), reals or another type that streams, is finite. */
@@ -104,11 +104,15 @@ struct gqa_kernels {
      * adds: 0 for true, -inf for false. */
     void (*load)(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
                  int n);
-    /* n reals to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's own reals. */
-    void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, ptrdiff_t from_stride,
-                  int n);
+    /* n reals, side by side, to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's
+     * own reals. */
+    void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n);
     /* to[i * to_stride] = from[i] * scale */
     void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
+    /* to[t][i] = from[i][t]: rows become lanes and back.  n and width are padded to whole vectors.  Moves bits. */
+    void (*turn)(void *to,                                        /* (width, n), row stride to_stride */
+                 ptrdiff_t to_stride, const void *from,           /* (n, width), row stride from_stride */
+                 ptrdiff_t from_stride, int n, int width);
 };
 
 /* The dtype of a table's reals. */

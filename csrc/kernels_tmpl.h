@@ -21,7 +21,7 @@
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 /* Brings what lies some bytes on towards the second-level cache: used where arithmetic or the order of
@@ -290,14 +290,42 @@ static void blend(void *c, const void *d, ptrdiff_t stride, int n, int lanes, co
         }
 }
 
+/* By products with 1 / l: within 1.5 ulp, as other libraries do, and exact where one key is live. */
 static void divide(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows) {
+    enum { MOST = ROW_TILE > FEW_ROWS ? ROW_TILE : FEW_ROWS };
     const vec zero = vset(0);
+    real inverse[MOST + LANES];
+    for (int i = 0; i < (rows ? n : lanes); i += LANES) {
+        const vec by = vload((const real *)l + i);
+        vstore(inverse + i, vselect(veq(by, zero), zero, vdiv(vset(1), by)));
+    }
     for (int i = 0; i < n; i++)
         for (int lane = 0; lane < lanes; lane += LANES) {
             real *to = (real *)c + i * stride + lane;
-            const vec by = statistic(l, i, lane, rows);
-            vstore(to, vselect(veq(by, zero), zero, vdiv(vload(to), by)));
+            const vec by = statistic(inverse, i, lane, rows);
+            vstore(to, vselect(veq(by, zero), zero, vmul(vload(to), by)));
         }
+}
+
+/* A square of vectors, its rows made columns: each step interleaves its halves. */
+BLOCK void turn_square(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t from_stride) {
+    vec x[LANES], y[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) x[i] = vload(from + i * from_stride);
+    UNROLL for (int step = 1; step < LANES; step *= 2) {
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = vzip_low(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = vzip_high(x[i], x[i + LANES / 2]);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+    UNROLL for (int i = 0; i < LANES; i++) vstore(to + i * to_stride, x[i]);
+}
+
+static void turn(void *to, ptrdiff_t to_stride, const void *from, ptrdiff_t from_stride, int n, int width) {
+    for (int i = 0; i < n; i += LANES)
+        for (int t = 0; t < width; t += LANES)
+            turn_square((real *)to + t * to_stride + i, to_stride, (const real *)from + i * from_stride + t,
+                        from_stride);
 }
 
 BLOCK bool rows_finite(const char *row, ptrdiff_t step, const enum gqa_dtype dtype, int n, int width) {
@@ -341,4 +369,5 @@ const struct gqa_kernels KERNELS = {
     .load = load,
     .store = store,
     .spread = spread,
+    .turn = turn,
 };

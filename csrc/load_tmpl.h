@@ -144,43 +144,52 @@ static void load(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step
     }
 }
 
-/* At most a vector of reals, narrowed together wherever they come from and go to. */
+BLOCK void narrowed(void *halves, const enum gqa_dtype dtype, vec x) {
+    if (dtype == GQA_FLOAT16)
+        vstore_float16(halves, x);
+    else
+        vstore_bfloat16(halves, x);
+}
+
+/* At most a vector of reals, narrowed together wherever they go. */
 BLOCK void store_some_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from,
-                             ptrdiff_t from_stride, int n) {
+                             int n) {
     uint16_t halves[LANES];
     real part[LANES] = {0};
-    for (int i = 0; i < n; i++) part[i] = from[i * from_stride];
-    if (dtype == GQA_FLOAT16)
-        vstore_float16(halves, vload(part));
-    else
-        vstore_bfloat16(halves, vload(part));
+    for (int i = 0; i < n; i++) part[i] = from[i];
+    narrowed(halves, dtype, vload(part));
     for (int i = 0; i < n; i++) {
         const uint16_t bits = swapped ? __builtin_bswap16(halves[i]) : halves[i];
         memcpy(to + i * step, &bits, sizeof bits);
     }
 }
 
-BLOCK void store_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from,
-                        ptrdiff_t from_stride, int n) {
-    for (int i = 0; i < n; i += LANES)
-        store_some_halves(to + i * step, step, dtype, swapped, from + i * from_stride, from_stride,
-                          n - i < LANES ? n - i : LANES);
+BLOCK void store_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from, int n) {
+    const bool plain = step == 2 && !swapped;
+    int i = 0;
+    if (plain)
+        for (; n - i >= LANES; i += LANES) narrowed(to + 2 * i, dtype, vload(from + i));
+    for (; i < n; i += LANES)
+        store_some_halves(to + i * step, step, dtype, swapped, from + i, n - i < LANES ? n - i : LANES);
 }
 
-BLOCK void store_reals(char *to, ptrdiff_t step, bool swapped, const real *from, ptrdiff_t from_stride, int n) {
+BLOCK void store_reals(char *to, ptrdiff_t step, bool swapped, const real *from, int n) {
     for (int i = 0; i < n; i++) {
-        const uint64_t bits = bits_at((const char *)(from + i * from_stride), sizeof(real), swapped);
+        const uint64_t bits = bits_at((const char *)(from + i), sizeof(real), swapped);
         const uint32_t low = (uint32_t)bits;
         memcpy(to + i * step, sizeof(real) == sizeof low ? (const void *)&low : (const void *)&bits, sizeof(real));
     }
 }
 
-static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, ptrdiff_t from_stride,
-                  int n) {
+static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n) {
     switch (dtype) {
-    case GQA_FLOAT16: store_halves(to, step, GQA_FLOAT16, swapped, from, from_stride, n); break;
-    case GQA_BFLOAT16: store_halves(to, step, GQA_BFLOAT16, swapped, from, from_stride, n); break;
-    default: store_reals(to, step, swapped, from, from_stride, n);
+    case GQA_FLOAT16: store_halves(to, step, GQA_FLOAT16, swapped, from, n); break;
+    case GQA_BFLOAT16: store_halves(to, step, GQA_BFLOAT16, swapped, from, n); break;
+    default:
+        if (step == sizeof(real) && !swapped)
+            memcpy(to, from, (size_t)n * sizeof(real));
+        else
+            store_reals(to, step, swapped, from, n);
     }
 }
 

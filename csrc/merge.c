@@ -64,14 +64,14 @@ static void store_lse(const struct gqa_plan *plan, const struct gqa_unit *unit, 
     if (!plan->lse.data) return;
     char *to = gqa_operand_at(plan, &plan->lse, unit->sequence, head) + query * plan->lse.row;
     gqa_put(plan->kernels, work->row, 0, lse);
-    plan->kernels->store(to, 0, plan->lse.dtype, plan->lse.swapped, work->row, 1, 1);
+    plan->kernels->store(to, 0, plan->lse.dtype, plan->lse.swapped, work->row, 1);
 }
 
 static void store_row(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t row,
-                      const char *o, ptrdiff_t o_stride, double lse) {
+                      const char *o, double lse) {
     const int64_t query = row / plan->group, head = unit->kv_head * plan->group + row % plan->group;
     char *out = gqa_operand_at(plan, &plan->out, unit->sequence, head) + query * plan->out.row;
-    plan->kernels->store(out, plan->out.column, plan->out.dtype, plan->out.swapped, o, o_stride, (int)plan->v_dim);
+    plan->kernels->store(out, plan->out.column, plan->out.dtype, plan->out.swapped, o, (int)plan->v_dim);
     store_lse(plan, unit, work, query, head, lse);
 }
 
@@ -90,23 +90,38 @@ static void join_sinks(const struct gqa_plan *plan, const struct gqa_unit *unit,
     kernels->blend(a->o, NULL, form->o_lanes, form->o_rows, form->o_lanes, work->hi, NULL, form->few);
 }
 
-void gqa_part_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part) {
+/* A tile's finished rows from `first` on, one vector's lanes of them turned into rows. */
+static void store_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                       const struct accumulators *a, int64_t first, int64_t end) {
     const struct gqa_kernels *kernels = plan->kernels;
     const struct gqa_form *form = unit->form;
-    for (int64_t r = 0; r < unit->rows; r++) {
-        const int64_t lane = r % form->tile_rows;
-        const struct accumulators tile = tile_of(plan, form, part, r / form->tile_rows);
-        if (lane == 0 && plan->sinks.data) join_sinks(plan, unit, work, r / form->tile_rows, &tile);
-        if (lane == 0) kernels->divide(tile.o, form->o_lanes, form->o_rows, form->o_lanes, tile.l, form->few);
-        const double sum = gqa_get(kernels, tile.l, lane);
-        const double lse = sum == 0 ? -INFINITY : gqa_get(kernels, tile.m, lane) + log(sum);
-        const char *o = tile.o + lane * (form->few ? form->o_lanes : 1) * (int64_t)kernels->real_size;
-        store_row(plan, unit, work, unit->first_row + r, o, form->few ? 1 : form->o_lanes, lse);
+    const int64_t real = (int64_t)kernels->real_size, row = unit->first_row + tile * form->tile_rows;
+    const int64_t width = form->few ? form->o_lanes : form->o_rows;
+    const char *rows = form->few ? a->o + first * width * real : work->rows;
+    if (!form->few)
+        kernels->turn(work->rows, width, a->o + first * real, form->o_lanes, form->o_rows, kernels->lanes);
+    for (int64_t i = first; i < end; i++) {
+        const double sum = gqa_get(kernels, a->l, i);
+        const double lse = sum == 0 ? -INFINITY : gqa_get(kernels, a->m, i) + log(sum);
+        store_row(plan, unit, work, row + i, rows + (i - first) * width * real, lse);
+    }
+}
+
+void gqa_part_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part) {
+    const struct gqa_form *form = unit->form;
+    const int64_t side = form->few ? form->tile_rows : plan->kernels->lanes;
+    for (int64_t tile = 0; tile * form->tile_rows < unit->rows; tile++) {
+        const struct accumulators a = tile_of(plan, form, part, tile);
+        const int64_t rows = gqa_min(form->tile_rows, unit->rows - tile * form->tile_rows);
+        if (plan->sinks.data) join_sinks(plan, unit, work, tile, &a);
+        plan->kernels->divide(a.o, form->o_lanes, form->o_rows, form->o_lanes, a.l, form->few);
+        for (int64_t first = 0; first < rows; first += side)
+            store_rows(plan, unit, work, tile, &a, first, gqa_min(first + side, rows));
     }
 }
 
 void gqa_padding_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
     if (unit->padding) memset(work->value, 0, (size_t)plan->v_dim * plan->kernels->real_size);
     for (int64_t r = unit->rows; r < unit->rows + unit->padding; r++)
-        store_row(plan, unit, work, unit->first_row + r, work->value, 1, -INFINITY);
+        store_row(plan, unit, work, unit->first_row + r, work->value, -INFINITY);
 }

@@ -190,7 +190,7 @@ void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, i
 static struct gqa_form shape_tile(const struct gqa_plan *plan, bool few) {
     const struct gqa_kernels *kernels = plan->kernels;
     struct gqa_form form = {.few = few, .tile_rows = few ? kernels->few_rows : kernels->row_tile};
-    form.o_rows = (int)(few ? form.tile_rows : plan->v_dim);
+    form.o_rows = (int)(few ? form.tile_rows : gqa_round_up(plan->v_dim, kernels->lanes)); /* to be turned */
     form.o_lanes = few ? (int)gqa_round_up(plan->v_dim, kernels->lanes) : kernels->row_tile;
     form.stats = (int)gqa_round_up(form.tile_rows, kernels->lanes);
     const size_t reals = (size_t)form.o_rows * (size_t)form.o_lanes + 2 * (size_t)form.stats;

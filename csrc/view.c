@@ -110,7 +110,7 @@ struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_o
 struct gqa_rows gqa_narrow_rows(const struct gqa_plan *plan, struct gqa_rows rows, int64_t count, int64_t width,
                                 void *scratch) {
     if (rows.dtype == GQA_BFLOAT16) return rows;
-    plan->kernels->store(scratch, 2, GQA_BFLOAT16, false, scratch, 1, (int)(count * width)); /* writes behind reads */
+    plan->kernels->store(scratch, 2, GQA_BFLOAT16, false, scratch, (int)(count * width)); /* writes behind reads */
     return (struct gqa_rows){scratch, (ptrdiff_t)width, GQA_BFLOAT16};
 }
 

@@ -27,14 +27,30 @@ void gqa_drop_out(const struct gqa_plan *plan, const struct gqa_unit *unit, cons
     }
 }
 
-void gqa_weights_store(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_slots *slots,
-                       const void *weights) {
+/* Rows of weights, (rows, GQA_KEY_TILE), from row `first` of the slots on. */
+static void store_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_slots *slots,
+                       int first, int end, const char *weights) {
     const struct gqa_operand *to = &plan->weights;
-    const int64_t real = (int64_t)plan->kernels->real_size;
-    for (int r = 0; r < slots->rows; r++) {
+    const int64_t bytes = GQA_KEY_TILE * (int64_t)plan->kernels->real_size;
+    for (int r = first; r < end; r++) {
         const int64_t row = slots->first_row + r, head = unit->kv_head * plan->group + row % plan->group;
         char *at = gqa_operand_at(plan, to, unit->sequence, head) + row / plan->group * to->row;
         plan->kernels->store(at + slots->first_key * to->column, to->column, to->dtype, to->swapped,
-                             (const char *)weights + r * slots->row_stride * real, slots->key_stride, slots->keys);
+                             weights + (r - first) * bytes, slots->keys);
+    }
+}
+
+void gqa_weights_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                       const struct gqa_slots *slots, const char *weights) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int lanes = kernels->lanes, keys = (int)gqa_round_up(slots->keys, lanes);
+    if (unit->form->few) {
+        store_rows(plan, unit, slots, 0, slots->rows, weights);
+        return;
+    }
+    for (int first = 0; first < slots->rows; first += lanes) {
+        kernels->turn(work->rows, GQA_KEY_TILE, weights + first * (int64_t)kernels->real_size, slots->key_stride, keys,
+                      lanes);
+        store_rows(plan, unit, slots, first, (int)gqa_min(first + lanes, slots->rows), work->rows);
     }
 }

@@ -2,7 +2,7 @@
 #ifndef GQA_WEIGH_H
 #define GQA_WEIGH_H
 
-#include "plan.h"
+#include "work.h"
 
 /* Where a tile of weights stands in the problem, and how it lies: element (row, key) at
  * row * row_stride + key * key_stride reals. */
@@ -17,7 +17,7 @@ struct gqa_slots {
 void gqa_drop_out(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_slots *slots,
                   void *weights);
 
-void gqa_weights_store(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_slots *slots,
-                       const void *weights);
+void gqa_weights_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                       const struct gqa_slots *slots, const char *weights);
 
 #endif

@@ -34,6 +34,7 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
+    work->rows = take(&cursor, lanes * gqa_max(GQA_KEY_TILE, gqa_max(head_dim, v_dim)) * real);
     work->lo = take(&cursor, tile_rows * real);
     work->hi = take(&cursor, tile_rows * real);
     work->alpha = take(&cursor, tile_rows * real);
@@ -57,40 +58,37 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
 
 char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
                      int64_t tile) {
-    const int64_t padded = gqa_round_up(plan->head_dim, plan->kernels->lanes);
-    return work->query + tile * padded * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
+    return work->query + tile * gqa_row_reals(plan) * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
 }
 
-/* A row of bfloat16 queries, unscaled: a lane of pairs, or a row as it is. */
-static void pack_pairs(const struct gqa_plan *plan, const struct gqa_form *form, char *tile, int64_t lane,
-                       const char *row) {
-    const int64_t padded = gqa_round_up(plan->head_dim, 2 * plan->kernels->lanes), pair = 2 * sizeof(uint16_t);
-    if (form->few)
-        memcpy(tile + lane * padded * 2, row, (size_t)plan->head_dim * sizeof(uint16_t));
+/* Row r of the unit: scaled reals, or bfloat16 as it came. */
+static void pack_row(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t r,
+                     char *to) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int64_t row = unit->first_row + r, head = unit->kv_head * plan->group + row % plan->group;
+    const char *at = gqa_operand_at(plan, &plan->query, unit->sequence, head);
+    const struct gqa_rows from =
+        gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
+    if (plan->paired)
+        memcpy(to, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data,
+               (size_t)plan->head_dim * sizeof(uint16_t));
     else
-        for (int64_t t = 0; t < plan->head_dim / 2; t++)
-            memcpy(tile + (t * form->tile_rows + lane) * pair, row + t * pair, (size_t)pair);
+        kernels->spread(to, 1, from.data, (int)plan->head_dim, plan->scale);
 }
 
-/* Row r of the unit goes into a lane of its tile, or lies as a zero-padded row when rows are few. */
+/* Rows lie zero-padded when they are few; else as many as a vector has lanes are packed side by side, then turned. */
 static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const struct gqa_form *form = unit->form;
-    const int64_t padded = gqa_round_up(plan->head_dim, kernels->lanes), real = (int64_t)kernels->real_size;
-    const char *base = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
-    memset(work->query, 0, (size_t)(gqa_round_up(unit->rows, form->tile_rows) * padded * real));
-    for (int64_t r = 0; r < unit->rows; r++) {
-        const int64_t row = unit->first_row + r, lane = r % form->tile_rows;
-        const char *at = base + row % plan->group * plan->query.head;
-        const struct gqa_rows from =
-            gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
-        char *tile = gqa_query_tile(plan, unit, work, r / form->tile_rows);
-        if (plan->paired) {
-            pack_pairs(plan, form, tile, lane, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data);
-            continue;
-        }
-        kernels->spread(tile + lane * (form->few ? padded : 1) * real, form->few ? 1 : form->tile_rows, from.data,
-                        (int)plan->head_dim, plan->scale);
+    const int64_t lanes = kernels->lanes, real = (int64_t)kernels->real_size, tile_rows = unit->form->tile_rows;
+    const int64_t width = gqa_row_reals(plan), side = unit->form->few ? unit->rows : lanes;
+    char *rows = unit->form->few ? work->query : work->rows;
+    for (int64_t first = 0; first < unit->rows; first += side) {
+        memset(rows, 0, (size_t)(side * width * real)); /* what is padded, and lanes without a row */
+        for (int64_t r = first; r < gqa_min(first + side, unit->rows); r++)
+            pack_row(plan, unit, work, r, rows + (r - first) * width * real);
+        if (unit->form->few) continue;
+        char *tile = gqa_query_tile(plan, unit, work, first / tile_rows);
+        kernels->turn(tile + first % tile_rows * real, tile_rows, rows, width, (int)lanes, (int)width);
     }
 }
 

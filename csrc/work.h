@@ -13,6 +13,7 @@ struct gqa_work {
     char *mask_row;           /* (GQA_KEY_TILE,) */
     char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
     char *row;                /* one row of anything */
+    char *rows;               /* (lanes, head_dim, v_dim or GQA_KEY_TILE, padded): rows to be turned, or that were */
     char *lo, *hi, *alpha;    /* (stats,) */
     char *final_m, *final_l;  /* (stats,) copies, when weights are wanted */
     char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first row's */
@@ -25,6 +26,11 @@ struct gqa_work {
 
 /* Lays a workspace out over `scratch`; with NULL only measures.  Returns the bytes it takes. */
 size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *scratch);
+
+/* Reals that a packed row of queries takes, padded; pairs of bfloat16 are as long as a float. */
+static inline int64_t gqa_row_reals(const struct gqa_plan *plan) {
+    return gqa_round_up(plan->paired ? plan->head_dim / 2 : plan->head_dim, plan->kernels->lanes);
+}
 
 /* Packs the unit's queries and finds its rows' bounds; returns the range of keys live for any row. */
 void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,

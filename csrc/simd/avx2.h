@@ -34,6 +34,13 @@ static inline mask vlt(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline mask veq(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline vec vselect(mask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
 
+static inline vec vzip_low(vec a, vec b) { /* a0 b0 a1 b1 ...: the lower half of both */
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+static inline vec vzip_high(vec a, vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+
 static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
 }

@@ -34,6 +34,9 @@ static inline mask vlt(vec a, vec b) { return vcltq_f32(a, b); }
 static inline mask veq(vec a, vec b) { return vceqq_f32(a, b); }
 static inline vec vselect(mask m, vec a, vec b) { return vbslq_f32(m, a, b); }
 
+static inline vec vzip_low(vec a, vec b) { return vzip1q_f32(a, b); } /* a0 b0 a1 b1 ...: the lower half of both */
+static inline vec vzip_high(vec a, vec b) { return vzip2q_f32(a, b); }
+
 static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
     return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23));
 }

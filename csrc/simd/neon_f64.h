@@ -31,6 +31,9 @@ static inline mask vlt(vec a, vec b) { return vcltq_f64(a, b); }
 static inline mask veq(vec a, vec b) { return vceqq_f64(a, b); }
 static inline vec vselect(mask m, vec a, vec b) { return vbslq_f64(m, a, b); }
 
+static inline vec vzip_low(vec a, vec b) { return vzip1q_f64(a, b); } /* a0 b0 a1 b1 ...: the lower half of both */
+static inline vec vzip_high(vec a, vec b) { return vzip2q_f64(a, b); }
+
 static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
     return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52));
 }

@@ -35,6 +35,9 @@ static inline mask vlt(vec a, vec b) { return a < b; }
 static inline mask veq(vec a, vec b) { return a == b; }
 static inline vec vselect(mask m, vec a, vec b) { return m ? a : b; }
 
+static inline vec vzip_low(vec a, vec b) { return (void)b, a; } /* a0 b0 a1 b1 ...: the lower half of both */
+static inline vec vzip_high(vec a, vec b) { return (void)a, b; }
+
 static inline vec vexponent(vec x) { /* x's lowest bits in the place of an exponent, the others gone */
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

@@ -28,6 +28,8 @@ static inline double epsilon(void) { return kernels->real_size == sizeof(float) 
 static inline double tiny(void) { return kernels->real_size == sizeof(float) ? (double)FLT_MIN : DBL_MIN; }
 
 static inline int padded(int n) { return (n + kernels->lanes - 1) / kernels->lanes * kernels->lanes; }
+/* As many lanes as a row tile has, at most. */
+static inline int tile_lanes(int lanes) { return lanes < kernels->row_tile ? lanes : kernels->row_tile; }
 
 static inline double get(const void *x, ptrdiff_t i) {
     return kernels->real_size == sizeof(float) ? (double)((const float *)x)[i] : ((const double *)x)[i];

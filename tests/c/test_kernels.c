@@ -35,7 +35,7 @@ static void multiply(const struct product *p, void *c) {
     gqa_outer *many = p->form == MANY ? kernels->outer : kernels->outer_careful;
     gqa_outer_few *few = p->form == FEW ? kernels->outer_few : kernels->outer_few_careful;
     if (p->form == MANY || p->form == CAREFUL)
-        many(c, p->c_stride, p->scale, p->a, p->a_stride, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count);
+        many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count);
     else
         few(c, p->c_stride, p->a, p->a_stride, gqa_own_dtype(kernels), p->lanes, p->b, p->b_n, p->n, p->count, 0);
 }
@@ -68,9 +68,11 @@ static void poison(const struct product *p) {
 }
 
 static void test_outer_of(enum form form, int n, int lanes, int count, enum kind kind, bool b_rows, bool scaled) {
-    struct product p = {.form = form, .n = n, .lanes = lanes, .count = count};
-    p.c_stride = padded(lanes) + 3;
-    p.a_stride = lanes + 1;
+    const bool few = form == FEW || form == CAREFUL_FEW;
+    struct product p = {.form = form, .n = n, .lanes = few ? lanes : tile_lanes(padded(lanes)), .count = count};
+    lanes = p.lanes;
+    p.c_stride = few ? padded(lanes) + 3 : kernels->row_tile;
+    p.a_stride = few ? lanes + 1 : kernels->row_tile;
     p.b_n = b_rows ? count + 2 : 1;
     p.b_t = b_rows ? 1 : n + 2;
     p.a = drawn(count ? (count - 1) * p.a_stride + lanes : 0, kind);
@@ -89,10 +91,10 @@ static void test_outer(void) {
             for (int k = 0; k < COUNT(counts); k++) {
                 const enum kind kind = (enum kind)((i + j + k) % KINDS);
                 const int n = few_sizes[i], lanes = lane_sizes[j], count = counts[k];
-                test_outer_of(MANY, n, padded(lanes), count, kind, (j + k) % 2, (i + k) % 2);
+                test_outer_of(MANY, n, lanes, count, kind, (j + k) % 2, (i + k) % 2);
                 test_outer_of(FEW, n, lanes, count, kind, true, true);
                 test_outer_of(CAREFUL_FEW, n, lanes, count, kind, true, true);
-                test_outer_of(CAREFUL, n, padded(lanes), count, kind, (j + k) % 2, (i + k) % 2);
+                test_outer_of(CAREFUL, n, lanes, count, kind, (j + k) % 2, (i + k) % 2);
             }
 }
 
@@ -173,6 +175,7 @@ static void test_blend_of(int n, int lanes, bool rows, bool other, enum kind kin
 }
 
 static void test_divide_of(int n, int lanes, bool rows, enum kind kind) {
+    if (!rows) lanes = tile_lanes(lanes);
     const ptrdiff_t stride = padded(lanes);
     void *c = drawn(n * stride, kind), *old = NULL, *l = drawn(padded(rows ? n : lanes), WITH_ZEROS);
     for (int i = 0; i < n * stride; i += 5)
@@ -183,7 +186,7 @@ static void test_divide_of(int n, int lanes, bool rows, enum kind kind) {
         for (int lane = 0; lane < lanes; lane++) {
             const ptrdiff_t at = i * stride + lane;
             const double by = get(l, rows ? i : lane), wanted = by == 0 ? 0 : get(old, at) / by;
-            expect("c", i, lane, get(c, at), wanted, epsilon() * (fabs(wanted) + tiny()));
+            expect("c", i, lane, get(c, at), wanted, epsilon() * (2 * fabs(wanted) + tiny()));
         }
     judge("divide", n, lanes, rows, (int)kind);
     free(c), free(old), free(l);
@@ -200,7 +203,7 @@ static void test_blend_and_divide(void) {
             }
 }
 
-/* ---- finite, spread ---- */
+/* ---- finite, spread, turn ---- */
 
 static void test_finite_of(int n, int width, enum kind kind) {
     const ptrdiff_t stride = width + 2;
@@ -231,12 +234,31 @@ static void test_spread_of(int n, ptrdiff_t stride, double scale) {
     free(from), free(to);
 }
 
-static void test_finite_and_spread(void) {
+/* Bits are moved, not numbers: a NaN keeps its payload. */
+static void test_turn_of(int n, int width) {
+    const ptrdiff_t from_stride = width + 3, to_stride = n + 1;
+    const size_t size = kernels->real_size;
+    char *from = drawn(n * from_stride, WITH_ZEROS), *to = reals(width * to_stride, 7e7);
+    memset(from + 1, 0xff, 3 * size); /* NaNs, and what lies across */
+    kernels->turn(to, to_stride, from, from_stride, n, width);
+    for (int t = 0; t < width; t++) {
+        for (int i = 0; i < n; i++)
+            expect("to", t, i, memcmp(to + (size_t)(t * to_stride + i) * size,
+                                      from + (size_t)(i * from_stride + t) * size, size), 0, 0);
+        expect("gap", t, n, get(to, t * to_stride + n), 7e7, 0);
+    }
+    judge("turn", n, width, 0, 0);
+    free(from), free(to);
+}
+
+static void test_finite_spread_and_turn(void) {
     for (int width = 0; width < COUNT(lane_sizes); width++) {
         for (int n = 0; n < COUNT(few_sizes); n++)
             test_finite_of(few_sizes[n], lane_sizes[width], (enum kind)((n + width) % KINDS));
         test_spread_of(lane_sizes[width], 1, 0.125);
         test_spread_of(lane_sizes[width], 1 + width, -0.3);
+        for (int n = kernels->lanes; n <= 3 * kernels->lanes; n += kernels->lanes)
+            test_turn_of(n, padded(lane_sizes[width]));
     }
 }
 
@@ -245,7 +267,7 @@ static void test_table(void) {
     test_dot();
     test_join();
     test_blend_and_divide();
-    test_finite_and_spread();
+    test_finite_spread_and_turn();
 }
 
 int main(void) { return on_every_table(test_table); }

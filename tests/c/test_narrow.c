@@ -29,7 +29,7 @@ static struct rows draw_rows(enum gqa_dtype dtype, int count, int width, enum ki
             r.data[i] = (char)(int8_t)(256 * chance() - 128);
         } else {
             void *x = reals(1, value_of(kind));
-            kernels->store(r.data + 2 * i, 2, dtype, false, x, 1, 1);
+            kernels->store(r.data + 2 * i, 2, dtype, false, x, 1);
             free(x);
         }
     }

@@ -10,7 +10,7 @@ static char *draw(ptrdiff_t count, enum kind kind, double **values) {
     if (!memory || !*values) exit(3);
     for (ptrdiff_t i = 0; i < count; i++) {
         void *x = reals(1, value_of(kind));
-        kernels->store(memory + 1 + 2 * i, 2, GQA_BFLOAT16, false, x, 1, 1);
+        kernels->store(memory + 1 + 2 * i, 2, GQA_BFLOAT16, false, x, 1);
         kernels->load(x, 1, memory + 1 + 2 * i, 2, GQA_BFLOAT16, false, 1);
         (*values)[i] = get(x, 0);
         free(x);
@@ -56,16 +56,16 @@ static void test_dot_of(int rows, int keys, int head_dim, enum kind kind, double
 
 /* q lies in lanes, pair after pair. */
 static void test_outer_of(int lanes, int keys, int head_dim, enum kind kind, double scale) {
-    const ptrdiff_t k_stride = head_dim + 3, c_stride = lanes + 5;
+    const ptrdiff_t k_stride = head_dim + 3, c_stride = kernels->row_tile;
     double *q_values, *k_values, size;
     char *drawn_q = draw((ptrdiff_t)lanes * head_dim, kind, &q_values);
-    char *k = draw((keys - 1) * k_stride + head_dim, kind, &k_values), *q = malloc((size_t)(lanes * head_dim) * 2);
+    char *k = draw((keys - 1) * k_stride + head_dim, kind, &k_values), *q = calloc((size_t)(c_stride * head_dim), 2);
     void *c = reals(keys * c_stride, 7e7);
     if (!q) exit(3);
     for (int lane = 0; lane < lanes; lane++)
         for (int t = 0; t < head_dim / 2; t++)
-            memcpy(q + (t * lanes + lane) * 4, drawn_q + 1 + (lane * head_dim + 2 * t) * 2, 4);
-    kernels->outer_pairs(c, c_stride, scale, q, lanes, lanes, k + 1, k_stride, keys, head_dim / 2);
+            memcpy(q + (t * c_stride + lane) * 4, drawn_q + 1 + (lane * head_dim + 2 * t) * 2, 4);
+    kernels->outer_pairs(c, scale, q, lanes, k + 1, k_stride, keys, head_dim / 2);
     for (int j = 0; j < keys; j++)
         for (int lane = 0; lane < (int)c_stride; lane++) {
             double wanted = 7e7;
@@ -87,7 +87,7 @@ static void test_table(void) {
         for (int j = 0; j < COUNT(key_sizes); j++) {
             const enum kind kind = (enum kind)((i + j) % KINDS);
             test_dot_of(few_sizes[(i + j) % COUNT(few_sizes)], key_sizes[j], head_dims[i], kind, j % 2 ? 0.125 : -0.3);
-            test_outer_of(padded(lane_sizes[(i + 2 * j) % COUNT(lane_sizes)]), key_sizes[j], head_dims[i], kind,
+            test_outer_of(tile_lanes(padded(lane_sizes[(i + 2 * j) % COUNT(lane_sizes)])), key_sizes[j], head_dims[i], kind,
                           j % 2 ? 0.125 : -0.3);
         }
 }
