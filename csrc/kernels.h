@@ -24,9 +24,9 @@ enum {
 
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
  * a, c and scale are padded to whole vectors. */
-typedef void gqa_outer(void *c,           /* (n, lanes), row stride row_tile */
-                       const void *scale, /* (lanes,) or NULL: c is written only */
-                       const void *a,     /* (count, lanes), row stride row_tile */
+typedef void gqa_outer(void *c,                  /* (n, lanes), row stride row_tile */
+                       const void *scale,        /* (lanes,) or NULL: c is written only */
+                       const void *a,            /* (count, lanes), row stride row_tile */
                        int lanes, const void *b, /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
                        ptrdiff_t b_n, ptrdiff_t b_t, int n, int count);
 
@@ -58,9 +58,9 @@ struct gqa_kernels {
 
     /* The same products of bfloat16 queries and keys of an even head_dim, times scale; NULL where the CPU has no
      * instruction for pairs of them, in which a subnormal counts as 0.  c is written only. */
-    void (*outer_pairs)(void *c,                      /* (n, lanes), row stride row_tile */
-                        double scale, const void *a,  /* (count, lanes) pairs, row stride row_tile */
-                        int lanes, const void *b,     /* (n, 2 * count), row stride b_stride */
+    void (*outer_pairs)(void *c,                     /* (n, lanes), row stride row_tile */
+                        double scale, const void *a, /* (count, lanes) pairs, row stride row_tile */
+                        int lanes, const void *b,    /* (n, 2 * count), row stride b_stride */
                         ptrdiff_t b_stride, int n, int count);
     void (*dot_pairs)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
                       double scale, const void *q,                 /* (rows, head_dim), zero-padded */
@@ -110,8 +110,8 @@ struct gqa_kernels {
     /* to[i * to_stride] = from[i] * scale */
     void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
     /* to[t][i] = from[i][t]: rows become lanes and back.  n and width are padded to whole vectors.  Moves bits. */
-    void (*turn)(void *to,                                        /* (width, n), row stride to_stride */
-                 ptrdiff_t to_stride, const void *from,           /* (n, width), row stride from_stride */
+    void (*turn)(void *to,                              /* (width, n), row stride to_stride */
+                 ptrdiff_t to_stride, const void *from, /* (n, width), row stride from_stride */
                  ptrdiff_t from_stride, int n, int width);
 };
 

@@ -45,7 +45,8 @@ static __attribute__((noinline)) vec narrow_rest(const char *from, int bytes, en
 /* Its last n elements, n < LANES, and zeros. */
 BLOCK vec row_rest(const char *row, ptrdiff_t t, int n, const enum gqa_dtype dtype) {
     row += t * size_of(dtype);
-    return dtype == OWN ? vload_n((const real *)(const void *)row, n) : narrow_rest(row, n * (int)size_of(dtype), dtype);
+    return dtype == OWN ? vload_n((const real *)(const void *)row, n)
+                        : narrow_rest(row, n * (int)size_of(dtype), dtype);
 }
 
 BLOCK vec row_some(const char *row, int t, int width, const enum gqa_dtype dtype) {

@@ -59,20 +59,19 @@ char *gqa_fold_end(const struct gqa_plan *plan, const struct gqa_unit *unit, str
     return whole;
 }
 
-static void store_lse(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t query,
-                      int64_t head, double lse) {
-    if (!plan->lse.data) return;
-    char *to = gqa_operand_at(plan, &plan->lse, unit->sequence, head) + query * plan->lse.row;
-    gqa_put(plan->kernels, work->row, 0, lse);
+static void store_lse(const struct gqa_plan *plan, struct gqa_work *work, char *to, double m, double l) {
+    gqa_put(plan->kernels, work->row, 0, l == 0 ? -INFINITY : m + log(l));
     plan->kernels->store(to, 0, plan->lse.dtype, plan->lse.swapped, work->row, 1);
 }
 
+/* A finished row of the kv head: its output o, and the log of the sum of exp, from its maximum and sum. */
 static void store_row(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t row,
-                      const char *o, double lse) {
+                      const char *o, double m, double l) {
     const int64_t query = row / plan->group, head = unit->kv_head * plan->group + row % plan->group;
-    char *out = gqa_operand_at(plan, &plan->out, unit->sequence, head) + query * plan->out.row;
-    plan->kernels->store(out, plan->out.column, plan->out.dtype, plan->out.swapped, o, (int)plan->v_dim);
-    store_lse(plan, unit, work, query, head, lse);
+    const struct gqa_operand *out = &plan->out, *lse = &plan->lse;
+    plan->kernels->store(gqa_operand_at(plan, out, unit->sequence, head) + query * out->row, out->column, out->dtype,
+                         out->swapped, o, (int)plan->v_dim);
+    if (lse->data) store_lse(plan, work, gqa_operand_at(plan, lse, unit->sequence, head) + query * lse->row, m, l);
 }
 
 /* A sink is a part of one key with score sinks[head] and no value. */
@@ -98,13 +97,10 @@ static void store_rows(const struct gqa_plan *plan, const struct gqa_unit *unit,
     const int64_t real = (int64_t)kernels->real_size, row = unit->first_row + tile * form->tile_rows;
     const int64_t width = form->few ? form->o_lanes : form->o_rows;
     const char *rows = form->few ? a->o + first * width * real : work->rows;
-    if (!form->few)
-        kernels->turn(work->rows, width, a->o + first * real, form->o_lanes, form->o_rows, kernels->lanes);
-    for (int64_t i = first; i < end; i++) {
-        const double sum = gqa_get(kernels, a->l, i);
-        const double lse = sum == 0 ? -INFINITY : gqa_get(kernels, a->m, i) + log(sum);
-        store_row(plan, unit, work, row + i, rows + (i - first) * width * real, lse);
-    }
+    if (!form->few) kernels->turn(work->rows, width, a->o + first * real, form->o_lanes, form->o_rows, kernels->lanes);
+    for (int64_t i = first; i < end; i++)
+        store_row(plan, unit, work, row + i, rows + (i - first) * width * real, gqa_get(kernels, a->m, i),
+                  gqa_get(kernels, a->l, i));
 }
 
 void gqa_part_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part) {
@@ -123,5 +119,5 @@ void gqa_part_store(const struct gqa_plan *plan, const struct gqa_unit *unit, st
 void gqa_padding_store(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
     if (unit->padding) memset(work->value, 0, (size_t)plan->v_dim * plan->kernels->real_size);
     for (int64_t r = unit->rows; r < unit->rows + unit->padding; r++)
-        store_row(plan, unit, work, unit->first_row + r, work->value, -INFINITY);
+        store_row(plan, unit, work, unit->first_row + r, work->value, 0, 0);
 }

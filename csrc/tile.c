@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "bias.h"
-#include "elements.h"
 #include "view.h"
 #include "weigh.h"
 
@@ -139,7 +138,8 @@ static void score_piece(const struct gqa_plan *plan, const struct gqa_work *work
     const ptrdiff_t q_reals = (ptrdiff_t)gqa_row_reals(plan);
     if (plan->paired) {
         const struct gqa_rows narrow = gqa_narrow_rows(plan, *key, keys, head_dim, work->key);
-        kernels->dot_pairs(scores, plan->scale, work->query, 2 * q_reals, step->rows, narrow.data, narrow.stride, keys, head_dim, piece->ahead);
+        kernels->dot_pairs(scores, plan->scale, work->query, 2 * q_reals, step->rows, narrow.data, narrow.stride, keys,
+                           head_dim, piece->ahead);
     } else {
         kernels->dot(scores, work->query, q_reals, step->rows, key->data, key->stride, key->dtype, keys, head_dim,
                      piece->ahead);
@@ -241,18 +241,6 @@ static struct key_tile key_tile_at(int64_t first, int64_t end) {
     return (struct key_tile){.first = first, .end = gqa_min((first / GQA_KEY_TILE + 1) * GQA_KEY_TILE, end)};
 }
 
-/* Brings a share of the rows of keys `first` to `end` towards the second-level cache: the products read them in an
- * order that no prefetcher follows. */
-static void fetch_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
-                       int64_t first, int64_t end, int64_t width) {
-    enum { LINE = 64 };
-    if (first >= end) return;
-    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, end - first);
-    const int64_t bytes = width * (int64_t)gqa_itemsize(operand->dtype);
-    for (int64_t i = 0; i < run.count; i++)
-        for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(run.at + i * operand->row + at, 0, 2);
-}
-
 /* Every row tile of the unit takes its turn at each key tile. */
 static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                          int64_t first, int64_t end, struct gqa_job *job) {
@@ -262,14 +250,10 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
         load_values(plan, unit, work, &keys);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
-            const int64_t share = gqa_ceil_div(GQA_KEY_TILE, gqa_ceil_div(unit->rows, unit->form->tile_rows));
-            const int64_t next = keys.end + tile * share, past = gqa_min(end, keys.end + gqa_min(GQA_KEY_TILE, (tile + 1) * share));
-            fetch_rows(plan, unit, &plan->key, next, past, plan->head_dim);
             if (step.first >= step.end) continue;
             score(plan, unit, work, tile, &step, &keys);
             soften(plan, unit, work, tile, &step, step.m, step.l);
             drop_out(plan, unit, tile, &step);
-            fetch_rows(plan, unit, &plan->value, next, past, plan->v_dim);
             add_values(plan, work, &step, &keys);
         }
     }

@@ -61,12 +61,10 @@ char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, c
     return work->query + tile * gqa_row_reals(plan) * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
 }
 
-/* Row r of the unit: scaled reals, or bfloat16 as it came. */
-static void pack_row(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t r,
-                     char *to) {
+/* A row of the kv head, whose queries begin at `head`: scaled reals, or bfloat16 as it came. */
+static void pack_row(const struct gqa_plan *plan, struct gqa_work *work, const char *head, int64_t row, char *to) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const int64_t row = unit->first_row + r, head = unit->kv_head * plan->group + row % plan->group;
-    const char *at = gqa_operand_at(plan, &plan->query, unit->sequence, head);
+    const char *at = head + row % plan->group * plan->query.head;
     const struct gqa_rows from =
         gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
     if (plan->paired)
@@ -81,11 +79,12 @@ static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit,
     const struct gqa_kernels *kernels = plan->kernels;
     const int64_t lanes = kernels->lanes, real = (int64_t)kernels->real_size, tile_rows = unit->form->tile_rows;
     const int64_t width = gqa_row_reals(plan), side = unit->form->few ? unit->rows : lanes;
+    const char *head = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
     char *rows = unit->form->few ? work->query : work->rows;
     for (int64_t first = 0; first < unit->rows; first += side) {
         memset(rows, 0, (size_t)(side * width * real)); /* what is padded, and lanes without a row */
         for (int64_t r = first; r < gqa_min(first + side, unit->rows); r++)
-            pack_row(plan, unit, work, r, rows + (r - first) * width * real);
+            pack_row(plan, work, head, unit->first_row + r, rows + (r - first) * width * real);
         if (unit->form->few) continue;
         char *tile = gqa_query_tile(plan, unit, work, first / tile_rows);
         kernels->turn(tile + first % tile_rows * real, tile_rows, rows, width, (int)lanes, (int)width);

@@ -65,9 +65,9 @@ def cpu_info() -> CpuInfo:
     Returns
     -------
     dict
-        ``isa``, the instruction set in use, and ``isa_available``, all that this CPU and OS can run, best
-        first (GQA_ISA or :func:`gqa_ext.testing.use_isa` choose another); ``num_threads``; ``machine``
-        and ``model``; ``logical_cpus``.
+        ``isa``, the instruction set in use, and ``isa_available``, all that this CPU and OS can run, widest
+        first (avx512_bf16 is used unasked only where it is fast, which is on AMD; GQA_ISA or
+        :func:`gqa_ext.testing.use_isa` choose another); ``num_threads``; ``machine`` and ``model``; ``logical_cpus``.
 
     Examples
     --------

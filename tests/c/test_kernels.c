@@ -243,8 +243,9 @@ static void test_turn_of(int n, int width) {
     kernels->turn(to, to_stride, from, from_stride, n, width);
     for (int t = 0; t < width; t++) {
         for (int i = 0; i < n; i++)
-            expect("to", t, i, memcmp(to + (size_t)(t * to_stride + i) * size,
-                                      from + (size_t)(i * from_stride + t) * size, size), 0, 0);
+            expect("to", t, i,
+                   memcmp(to + (size_t)(t * to_stride + i) * size, from + (size_t)(i * from_stride + t) * size, size),
+                   0, 0);
         expect("gap", t, n, get(to, t * to_stride + n), 7e7, 0);
     }
     judge("turn", n, width, 0, 0);

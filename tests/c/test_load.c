@@ -5,8 +5,8 @@
 
 #include <stdint.h>
 
-static const size_t sizes[] = {[GQA_FLOAT16] = 2, [GQA_BFLOAT16] = 2, [GQA_FLOAT32] = 4, [GQA_FLOAT64] = 8,
-                               [GQA_BOOL] = 1};
+static const size_t sizes[] = {
+    [GQA_FLOAT16] = 2, [GQA_BFLOAT16] = 2, [GQA_FLOAT32] = 4, [GQA_FLOAT64] = 8, [GQA_BOOL] = 1};
 
 /* What bits mean: sign, exponent and fraction as IEEE 754 puts them. */
 static double decoded(uint64_t bits, int exponent_bits, int fraction_bits) {
@@ -71,7 +71,8 @@ static void test_every_half(void) {
 
 /* Random bits of every dtype, with the values at the edges of float among them. */
 static void test_load(void) {
-    const double edges[] = {1e300, -1e300, (double)FLT_MAX, 3.5e38, -3.5e38, 1e-320, INFINITY, -INFINITY, NAN, 0.0, -0.0};
+    const double edges[] = {1e300, -1e300, (double)FLT_MAX, 3.5e38, -3.5e38, 1e-320, INFINITY, -INFINITY, NAN,
+                            0.0,   -0.0};
     uint64_t bits[40];
     for (int n = 1; n <= 40; n++)
         for (int dtype = GQA_FLOAT16; dtype <= GQA_BOOL; dtype++)
@@ -114,8 +115,7 @@ static void check_store(const void *from, const uint64_t *wanted, int n, enum gq
             expect("NaN", i, 0, get(element, 0), NAN, 0);
         } else
             expect("bits", i, 0, memcmp(first + i * step, element, sizes[dtype]), 0, 0);
-        for (ptrdiff_t gap = size; gap < step && i < n - 1; gap++)
-            expect("gap", i, gap, first[i * step + gap], 0, 0);
+        for (ptrdiff_t gap = size; gap < step && i < n - 1; gap++) expect("gap", i, gap, first[i * step + gap], 0, 0);
     }
     judge("store", n, (int)dtype, swapped, (int)step);
     free(memory);
@@ -152,8 +152,7 @@ static void test_every_rounding(void) {
             about_half(i / ABOUT, (enum gqa_dtype)dtype, x, bits + i);
             for (int k = 0; k < ABOUT; k++) put(from, i + k, x[k]);
         }
-        for (int swapped = 0; swapped < 2; swapped++)
-            check_store(from, bits, ALL, (enum gqa_dtype)dtype, swapped, 2);
+        for (int swapped = 0; swapped < 2; swapped++) check_store(from, bits, ALL, (enum gqa_dtype)dtype, swapped, 2);
     }
     free(bits), free(from);
 }

@@ -87,8 +87,8 @@ static void test_table(void) {
         for (int j = 0; j < COUNT(key_sizes); j++) {
             const enum kind kind = (enum kind)((i + j) % KINDS);
             test_dot_of(few_sizes[(i + j) % COUNT(few_sizes)], key_sizes[j], head_dims[i], kind, j % 2 ? 0.125 : -0.3);
-            test_outer_of(tile_lanes(padded(lane_sizes[(i + 2 * j) % COUNT(lane_sizes)])), key_sizes[j], head_dims[i], kind,
-                          j % 2 ? 0.125 : -0.3);
+            test_outer_of(tile_lanes(padded(lane_sizes[(i + 2 * j) % COUNT(lane_sizes)])), key_sizes[j], head_dims[i],
+                          kind, j % 2 ? 0.125 : -0.3);
         }
 }
 
