@@ -16,10 +16,10 @@ BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
     UNROLL for (int vectors = widest; vectors > 0; vectors /= 2)
         for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
             outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, vectors, 0, b, b_n,
-                        1, columns, count, ahead);
+                        1, columns, count, ahead, NULL);
     if (lane < lanes)
         outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, 1, lanes - lane, b, b_n,
-                    1, columns, count, 0);
+                    1, columns, count, 0, NULL);
 }
 
 /* Narrow rows go twice as many columns wide in strips of half the width: each is widened for twice as many products. */

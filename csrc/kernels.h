@@ -22,13 +22,21 @@ enum {
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
 };
 
+/* Rows that will be read soon.  While a product is bound by arithmetic, it brings them nearer, a few lines at a time:
+ * they are read in bursts, or in an order that no prefetcher follows. */
+struct gqa_fetch {
+    const char *row; /* the next of `rows` rows, `step` bytes apart */
+    ptrdiff_t step;
+    int64_t rows, width, at; /* bytes of a row, and where in it the next line is */
+};
+
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
  * a, c and scale are padded to whole vectors. */
 typedef void gqa_outer(void *c,                  /* (n, lanes), row stride row_tile */
                        const void *scale,        /* (lanes,) or NULL: c is written only */
                        const void *a,            /* (count, lanes), row stride row_tile */
                        int lanes, const void *b, /* element (n, t) at n * b_n + t * b_t; one of them is 1 */
-                       ptrdiff_t b_n, ptrdiff_t b_t, int n, int count);
+                       ptrdiff_t b_n, ptrdiff_t b_t, int n, int count, struct gqa_fetch *next);
 
 /* c[n][lane] += sum over t of a[t][lane] * b[n, t].  ahead: as for `dot`. */
 typedef void gqa_outer_few(void *c,                           /* (n, lanes), row stride c_stride, padded */

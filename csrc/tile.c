@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "bias.h"
+#include "elements.h"
 #include "view.h"
 #include "weigh.h"
 
@@ -157,7 +158,7 @@ static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
 }
 
 static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
-                  const struct step *step, const struct key_tile *keys) {
+                  const struct step *step, const struct key_tile *keys, struct gqa_fetch *next) {
     const struct gqa_kernels *kernels = plan->kernels;
     const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
     const char *query = gqa_query_tile(plan, unit, work, tile), *key = from_first(plan, step, keys, &keys->key);
@@ -167,7 +168,8 @@ static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, stru
         kernels->outer_pairs(step->scores, plan->scale, query, lanes_of(plan, step), key, keys->key.stride, count,
                              head_dim / 2);
     else
-        kernels->outer(step->scores, NULL, query, lanes_of(plan, step), key, keys->key.stride, 1, count, head_dim);
+        kernels->outer(step->scores, NULL, query, lanes_of(plan, step), key, keys->key.stride, 1, count, head_dim,
+                       next);
 }
 
 /* Scores to weights, for rows whose maxima and sums so far are m and l. */
@@ -216,11 +218,11 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
 }
 
 static void add_values(const struct gqa_plan *plan, struct gqa_work *work, const struct step *step,
-                       struct key_tile *keys) {
+                       struct key_tile *keys, struct gqa_fetch *next) {
     const struct gqa_kernels *kernels = plan->kernels;
     gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_careful : kernels->outer;
     outer(step->o, work->alpha, step->scores, lanes_of(plan, step), from_first(plan, step, keys, &keys->value), 1,
-          keys->value.stride, (int)plan->v_dim, (int)(step->end - step->first));
+          keys->value.stride, (int)plan->v_dim, (int)(step->end - step->first), next);
 }
 
 static void drop_out(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t tile, const struct step *step) {
@@ -241,6 +243,14 @@ static struct key_tile key_tile_at(int64_t first, int64_t end) {
     return (struct key_tile){.first = first, .end = gqa_min((first / GQA_KEY_TILE + 1) * GQA_KEY_TILE, end)};
 }
 
+/* The keys from `first` on, at most a tile of them, as far as they lie in one run. */
+static struct gqa_fetch fetch_of(const struct gqa_plan *plan, const struct gqa_unit *unit,
+                                 const struct gqa_operand *operand, int64_t first, int64_t end, int64_t width) {
+    if (first >= end) return (struct gqa_fetch){0};
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(GQA_KEY_TILE, end - first));
+    return (struct gqa_fetch){run.at, operand->row, run.count, width * (int64_t)gqa_itemsize(operand->dtype), 0};
+}
+
 /* Every row tile of the unit takes its turn at each key tile. */
 static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                          int64_t first, int64_t end, struct gqa_job *job) {
@@ -248,13 +258,15 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
         struct key_tile keys = key_tile_at(first, end);
         load_keys(plan, unit, work, &keys);
         load_values(plan, unit, work, &keys);
+        struct gqa_fetch next_key = fetch_of(plan, unit, &plan->key, keys.end, end, plan->head_dim);
+        struct gqa_fetch next_value = fetch_of(plan, unit, &plan->value, keys.end, end, plan->v_dim);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first >= step.end) continue;
-            score(plan, unit, work, tile, &step, &keys);
+            score(plan, unit, work, tile, &step, &keys, &next_key);
             soften(plan, unit, work, tile, &step, step.m, step.l);
             drop_out(plan, unit, tile, &step);
-            add_values(plan, work, &step, &keys);
+            add_values(plan, work, &step, &keys, &next_value);
         }
     }
 }
@@ -291,7 +303,7 @@ static void weigh(const struct gqa_plan *plan, const struct gqa_unit *unit, stru
     const size_t stats = (size_t)unit->form->stats * plan->kernels->real_size;
     memcpy(work->final_m, step->m, stats);
     memcpy(work->final_l, step->l, stats);
-    score(plan, unit, work, tile, step, keys);
+    score(plan, unit, work, tile, step, keys, NULL);
     soften(plan, unit, work, tile, step, work->final_m, work->final_l);
     plan->kernels->divide(step->scores, few ? GQA_KEY_TILE : unit->form->tile_rows, few ? step->rows : slots.keys,
                           few ? (int)gqa_round_up(slots.keys, plan->kernels->lanes) : lanes_of(plan, step), step->l,

@@ -35,7 +35,7 @@ static void multiply(const struct product *p, void *c) {
     gqa_outer *many = p->form == MANY ? kernels->outer : kernels->outer_careful;
     gqa_outer_few *few = p->form == FEW ? kernels->outer_few : kernels->outer_few_careful;
     if (p->form == MANY || p->form == CAREFUL)
-        many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count);
+        many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count, NULL);
     else
         few(c, p->c_stride, p->a, p->a_stride, gqa_own_dtype(kernels), p->lanes, p->b, p->b_n, p->n, p->count, 0);
 }
