@@ -102,7 +102,7 @@ struct gqa_kernels {
     void (*blend)(void *c, const void *d, ptrdiff_t stride, int n, int lanes, const void *weight,
                   const void *other_weight, bool rows);
 
-    /* c = c / l, and 0 where l is 0: at most few_rows rows, or row_tile lanes. */
+    /* c = c / l, and 0 where l is 0. */
     void (*divide)(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows);
 
     /* Whether all of x (n, width), reals or another type that streams, is finite. */

@@ -307,20 +307,13 @@ static void blend(void *c, const void *d, ptrdiff_t stride, int n, int lanes, co
         }
 }
 
-/* By products with 1 / l: within 1.5 ulp, as other libraries do, and exact where one key is live. */
 static void divide(void *c, ptrdiff_t stride, int n, int lanes, const void *l, bool rows) {
-    enum { MOST = ROW_TILE > FEW_ROWS ? ROW_TILE : FEW_ROWS };
     const vec zero = vset(0);
-    real inverse[MOST + LANES];
-    for (int i = 0; i < (rows ? n : lanes); i += LANES) {
-        const vec by = vload((const real *)l + i);
-        vstore(inverse + i, vselect(veq(by, zero), zero, vdiv(vset(1), by)));
-    }
     for (int i = 0; i < n; i++)
         for (int lane = 0; lane < lanes; lane += LANES) {
             real *to = (real *)c + i * stride + lane;
-            const vec by = statistic(inverse, i, lane, rows);
-            vstore(to, vselect(veq(by, zero), zero, vmul(vload(to), by)));
+            const vec by = statistic(l, i, lane, rows);
+            vstore(to, vselect(veq(by, zero), zero, vdiv(vload(to), by)));
         }
 }
 

@@ -258,15 +258,17 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
         struct key_tile keys = key_tile_at(first, end);
         load_keys(plan, unit, work, &keys);
         load_values(plan, unit, work, &keys);
-        struct gqa_fetch next_key = fetch_of(plan, unit, &plan->key, keys.end, end, plan->head_dim);
-        struct gqa_fetch next_value = fetch_of(plan, unit, &plan->value, keys.end, end, plan->v_dim);
+        struct gqa_fetch later_key = fetch_of(plan, unit, &plan->key, keys.end, end, plan->head_dim);
+        const bool loaded = keys.value.data == work->value; /* in place, they are still to be read */
+        struct gqa_fetch later_value =
+            fetch_of(plan, unit, &plan->value, loaded ? keys.end : keys.first, end, plan->v_dim);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first >= step.end) continue;
-            score(plan, unit, work, tile, &step, &keys, &next_key);
+            score(plan, unit, work, tile, &step, &keys, &later_value);
             soften(plan, unit, work, tile, &step, step.m, step.l);
             drop_out(plan, unit, tile, &step);
-            add_values(plan, work, &step, &keys, &next_value);
+            add_values(plan, work, &step, &keys, &later_key);
         }
     }
 }

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,10 +96,17 @@ def test_gqa_isa_chooses(name: str) -> None:
     assert done.stdout.strip() == name, done.stderr
 
 
-def test_no_gqa_isa_means_the_best() -> None:
+def unasked() -> str:
+    """What runs where nobody asks: the widest, but pairs of bfloat16 only where they are fast."""
+    cpu = Path("/proc/cpuinfo")
+    slow = {"avx512_bf16"} if cpu.exists() and "AuthenticAMD" not in cpu.read_text(encoding="utf-8") else set()
+    return next(name for name in testing.available_isas() if name not in slow)
+
+
+def test_no_gqa_isa_means_the_fastest() -> None:
     for environment in ({}, {"GQA_ISA": ""}):
         done = in_new_process("import gqa_ext; print(gqa_ext.cpu_info()['isa'])", **environment)
-        assert done.stdout.strip() == testing.available_isas()[0], done.stderr
+        assert done.stdout.strip() == unasked(), done.stderr
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX 2", "none"])

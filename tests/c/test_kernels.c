@@ -34,8 +34,9 @@ static double outer_element(const struct product *p, int i, int lane, double *si
 static void multiply(const struct product *p, void *c) {
     gqa_outer *many = p->form == MANY ? kernels->outer : kernels->outer_careful;
     gqa_outer_few *few = p->form == FEW ? kernels->outer_few : kernels->outer_few_careful;
+    struct gqa_fetch next = {(const char *)64, 4096, p->n % 2 ? 1000 : 0, 100, 0}; /* need not be there */
     if (p->form == MANY || p->form == CAREFUL)
-        many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count, NULL);
+        many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count, p->n % 3 ? &next : NULL);
     else
         few(c, p->c_stride, p->a, p->a_stride, gqa_own_dtype(kernels), p->lanes, p->b, p->b_n, p->n, p->count, 0);
 }
@@ -175,7 +176,6 @@ static void test_blend_of(int n, int lanes, bool rows, bool other, enum kind kin
 }
 
 static void test_divide_of(int n, int lanes, bool rows, enum kind kind) {
-    if (!rows) lanes = tile_lanes(lanes);
     const ptrdiff_t stride = padded(lanes);
     void *c = drawn(n * stride, kind), *old = NULL, *l = drawn(padded(rows ? n : lanes), WITH_ZEROS);
     for (int i = 0; i < n * stride; i += 5)
@@ -186,7 +186,7 @@ static void test_divide_of(int n, int lanes, bool rows, enum kind kind) {
         for (int lane = 0; lane < lanes; lane++) {
             const ptrdiff_t at = i * stride + lane;
             const double by = get(l, rows ? i : lane), wanted = by == 0 ? 0 : get(old, at) / by;
-            expect("c", i, lane, get(c, at), wanted, epsilon() * (2 * fabs(wanted) + tiny()));
+            expect("c", i, lane, get(c, at), wanted, epsilon() * (fabs(wanted) + tiny()));
         }
     judge("divide", n, lanes, rows, (int)kind);
     free(c), free(old), free(l);
