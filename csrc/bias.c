@@ -15,20 +15,37 @@ static struct strides strides_of(const struct gqa_unit *unit) {
     return unit->form->few ? (struct strides){GQA_KEY_TILE, 1} : (struct strides){1, (ptrdiff_t)unit->form->tile_rows};
 }
 
-/* A mask row is read once for all heads that share it, and then put where its scores lie. */
+/* Rows of the mask, one after another to `to` (rows, GQA_KEY_TILE); one that heads share is read once. */
+static void load_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t first_row, int64_t rows,
+                      int64_t first_key, int keys, char *to) {
+    const struct gqa_operand *mask = &plan->mask;
+    const int64_t bytes = GQA_KEY_TILE * (int64_t)plan->kernels->real_size;
+    const char *at = gqa_operand_at(plan, mask, unit->sequence, unit->kv_head * plan->group);
+    for (int64_t r = 0; r < rows; r++, to += bytes) {
+        const int64_t query = (first_row + r) / plan->group, head = (first_row + r) % plan->group;
+        const char *from = at + head * mask->head + query * mask->row + first_key * mask->column;
+        if (r == 0 || head == 0 || mask->head != 0)
+            plan->kernels->load(to, 1, from, mask->column, mask->dtype, mask->swapped, keys);
+        else
+            memcpy(to, to - bytes, (size_t)bytes);
+    }
+}
+
+/* The mask, laid as scores lie; lanes without a row are set to 0. */
 static void add_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first_row,
                      int rows, int64_t first_key, int keys) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const struct gqa_operand *mask = &plan->mask;
-    const struct strides strides = strides_of(unit);
-    const char *at = gqa_operand_at(plan, mask, unit->sequence, unit->kv_head * plan->group);
-    for (int r = 0; r < rows; r++) {
-        const int64_t row = first_row + r, query = row / plan->group, head = row % plan->group;
-        const char *from = at + head * mask->head + query * mask->row + first_key * mask->column;
-        if (r == 0 || head == 0 || mask->head != 0)
-            kernels->load(work->mask_row, 1, from, mask->column, mask->dtype, mask->swapped, keys);
-        kernels->spread(work->bias + r * strides.row * (int64_t)kernels->real_size, strides.key, work->mask_row, keys,
-                        1);
+    const int lanes = kernels->lanes, width = (int)gqa_round_up(keys, lanes);
+    const int64_t real = (int64_t)kernels->real_size;
+    if (unit->form->few) {
+        load_mask(plan, unit, first_row, rows, first_key, keys, work->bias);
+        return;
+    }
+    for (int r = 0; r < rows; r += lanes) {
+        const int64_t some = gqa_min(lanes, rows - r);
+        load_mask(plan, unit, first_row + r, some, first_key, keys, work->rows);
+        memset(work->rows + some * GQA_KEY_TILE * real, 0, (size_t)((lanes - some) * GQA_KEY_TILE * real));
+        kernels->turn(work->bias + r * real, unit->form->tile_rows, work->rows, GQA_KEY_TILE, lanes, width);
     }
 }
 

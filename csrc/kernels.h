@@ -115,8 +115,8 @@ struct gqa_kernels {
     /* n reals, side by side, to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's
      * own reals. */
     void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n);
-    /* to[i * to_stride] = from[i] * scale */
-    void (*spread)(void *to, ptrdiff_t to_stride, const void *from, int n, double scale);
+    /* to[i] = from[i] * factor */
+    void (*multiply)(void *to, const void *from, int n, double factor);
     /* to[t][i] = from[i][t]: rows become lanes and back.  n and width are padded to whole vectors.  Moves bits. */
     void (*turn)(void *to,                              /* (width, n), row stride to_stride */
                  ptrdiff_t to_stride, const void *from, /* (n, width), row stride from_stride */

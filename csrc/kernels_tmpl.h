@@ -378,6 +378,6 @@ const struct gqa_kernels KERNELS = {
     .all_finite = all_finite,
     .load = load,
     .store = store,
-    .spread = spread,
+    .multiply = multiply,
     .turn = turn,
 };

@@ -1,6 +1,6 @@
 /* load_tmpl.h: rows of the caller's arrays to reals and back, for arrays that do not already lie
  * as a kernel wants them, and for masks.  Halves go by the vector, the rest element by element.
- * Included by kernels_tmpl.h; the table's load, store and spread. */
+ * Included by kernels_tmpl.h; the table's load, store and multiply. */
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
@@ -194,7 +194,7 @@ static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, 
     }
 }
 
-static void spread(void *to, ptrdiff_t to_stride, const void *from, int n, double scale) {
-    const real factor = clamped(scale); /* 1e300 beside floats: 0 times it must stay 0 */
-    for (int i = 0; i < n; i++) ((real *)to)[i * to_stride] = ((const real *)from)[i] * factor;
+static void multiply(void *to, const void *from, int n, double factor) {
+    const real by = clamped(factor); /* 1e300 beside floats: 0 times it must stay 0 */
+    for (int i = 0; i < n; i++) ((real *)to)[i] = ((const real *)from)[i] * by;
 }

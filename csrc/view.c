@@ -135,7 +135,7 @@ struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_oper
     gqa_view_scales(plan, scales, unit, first, count, scale);
     for (int64_t i = 0; i < count; i++) {
         float *row = (float *)scratch + i * width; /* int8 goes with floats only */
-        plan->kernels->spread(row, 1, row, (int)width, (double)scale[i]);
+        plan->kernels->multiply(row, row, (int)width, (double)scale[i]);
     }
     return rows;
 }

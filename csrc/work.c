@@ -30,7 +30,6 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->query = take(&cursor, unit_rows * head_dim * real);
     work->scores = take(&cursor, gqa_max(GQA_KEY_TILE * tile_rows, GQA_SPAN * plan->few.tile_rows) * real);
     work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
-    work->mask_row = take(&cursor, plan->mask.data ? GQA_KEY_TILE * real : 0);
     work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
@@ -71,7 +70,7 @@ static void pack_row(const struct gqa_plan *plan, struct gqa_work *work, const c
         memcpy(to, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data,
                (size_t)plan->head_dim * sizeof(uint16_t));
     else
-        kernels->spread(to, 1, from.data, (int)plan->head_dim, plan->scale);
+        kernels->multiply(to, from.data, (int)plan->head_dim, plan->scale);
 }
 
 /* Rows lie zero-padded when they are few; else as many as a vector has lanes are packed side by side, then turned. */

@@ -10,7 +10,6 @@ struct gqa_work {
                                * or bfloat16 as it came, by pairs */
     char *scores;             /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
     char *bias;               /* one tile's shape */
-    char *mask_row;           /* (GQA_KEY_TILE,) */
     char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
     char *row;                /* one row of anything */
     char *rows;               /* (lanes, head_dim, v_dim or GQA_KEY_TILE, padded): rows to be turned, or that were */

@@ -203,7 +203,7 @@ static void test_blend_and_divide(void) {
             }
 }
 
-/* ---- finite, spread, turn ---- */
+/* ---- finite, multiply, turn ---- */
 
 static void test_finite_of(int n, int width, enum kind kind) {
     const ptrdiff_t stride = width + 2;
@@ -223,14 +223,14 @@ static void test_finite_of(int n, int width, enum kind kind) {
     free(x);
 }
 
-static void test_spread_of(int n, ptrdiff_t stride, double scale) {
-    void *from = drawn(n, RANDOM), *to = reals((n - 1) * stride + 1, 7);
-    kernels->spread(to, stride, from, n, scale);
-    for (ptrdiff_t i = 0; i <= (n - 1) * stride; i++) {
-        const double wanted = i % stride ? 7 : get(from, i / stride) * scale;
-        expect("to", i, 0, get(to, i), wanted, i % stride ? 0 : 2 * epsilon() * fabs(wanted));
+static void test_multiply_of(int n, double factor) {
+    void *from = drawn(n, RANDOM), *to = reals(n + 1, 7);
+    kernels->multiply(to, from, n, factor);
+    for (int i = 0; i <= n; i++) {
+        const double wanted = i < n ? get(from, i) * factor : 7;
+        expect("to", i, 0, get(to, i), wanted, i < n ? 2 * epsilon() * fabs(wanted) : 0);
     }
-    judge("spread", n, (int)stride, 0, 0);
+    judge("multiply", n, 0, 0, 0);
     free(from), free(to);
 }
 
@@ -252,12 +252,11 @@ static void test_turn_of(int n, int width) {
     free(from), free(to);
 }
 
-static void test_finite_spread_and_turn(void) {
+static void test_finite_multiply_and_turn(void) {
     for (int width = 0; width < COUNT(lane_sizes); width++) {
         for (int n = 0; n < COUNT(few_sizes); n++)
             test_finite_of(few_sizes[n], lane_sizes[width], (enum kind)((n + width) % KINDS));
-        test_spread_of(lane_sizes[width], 1, 0.125);
-        test_spread_of(lane_sizes[width], 1 + width, -0.3);
+        test_multiply_of(lane_sizes[width], width % 2 ? 0.125 : -0.3);
         for (int n = kernels->lanes; n <= 3 * kernels->lanes; n += kernels->lanes)
             test_turn_of(n, padded(lane_sizes[width]));
     }
@@ -268,7 +267,7 @@ static void test_table(void) {
     test_dot();
     test_join();
     test_blend_and_divide();
-    test_finite_spread_and_turn();
+    test_finite_multiply_and_turn();
 }
 
 int main(void) { return on_every_table(test_table); }
