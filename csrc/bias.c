@@ -15,7 +15,8 @@ static struct strides strides_of(const struct gqa_unit *unit) {
     return unit->form->few ? (struct strides){GQA_KEY_TILE, 1} : (struct strides){1, (ptrdiff_t)unit->form->tile_rows};
 }
 
-/* Rows of the mask, one after another to `to` (rows, GQA_KEY_TILE); one that heads share is read once. */
+/* Rows of the mask, one after another to `to` (rows, GQA_KEY_TILE); one that heads share is read once,
+ * and copied. */
 static void load_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t first_row, int64_t rows,
                       int64_t first_key, int keys, char *to) {
     const struct gqa_operand *mask = &plan->mask;
@@ -25,7 +26,7 @@ static void load_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, 
         const int64_t query = (first_row + r) / plan->group, head = (first_row + r) % plan->group;
         const char *from = at + head * mask->head + query * mask->row + first_key * mask->column;
         if (r == 0 || head == 0 || mask->head != 0)
-            plan->kernels->load(to, 1, from, mask->column, mask->dtype, mask->swapped, keys);
+            plan->kernels->load(to, from, mask->column, mask->dtype, mask->swapped, keys);
         else
             memcpy(to, to - bytes, (size_t)bytes);
     }
@@ -69,7 +70,7 @@ static bool lay_positions(const struct gqa_plan *plan, const struct gqa_unit *un
     bool exact = true;
     for (int r = 0; r < rows; r++) {
         const int64_t row = first_row + r, head = unit->kv_head * plan->group + row % plan->group;
-        plan->kernels->load(work->slope + r * (int64_t)plan->kernels->real_size, 1, at + head * slopes->column, 0,
+        plan->kernels->load(work->slope + r * (int64_t)plan->kernels->real_size, at + head * slopes->column, 0,
                             slopes->dtype, slopes->swapped, 1);
         put_position(plan, work->row_at, r, gqa_query_position(plan, unit, row / plan->group), origin, &exact);
     }
@@ -123,8 +124,7 @@ static void drop_by_position(const struct gqa_plan *plan, const struct gqa_unit 
 void gqa_bias_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first_row,
                    int rows, int64_t first_key, int keys) {
     const int64_t cells = unit->form->few ? (int64_t)rows * GQA_KEY_TILE : keys * unit->form->tile_rows;
-    if (!plan->mask.data || rows < unit->form->tile_rows)
-        memset(work->bias, 0, (size_t)cells * plan->kernels->real_size); /* lanes without a row, too */
+    if (!plan->mask.data) memset(work->bias, 0, (size_t)cells * plan->kernels->real_size);
     if (plan->mask.data) add_mask(plan, unit, work, first_row, rows, first_key, keys);
     if (plan->slopes.data) add_alibi(plan, unit, work, first_row, rows, first_key, keys);
     if (plan->key_positions.data) drop_by_position(plan, unit, work, first_row, rows, first_key, keys);

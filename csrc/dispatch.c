@@ -1,6 +1,6 @@
 /* dispatch.c: which instruction sets this CPU and OS can run, and which one runs.
  *
- * The list stands best first; adding an instruction set is its extern line and its row.
+ * The list stands widest first; adding an instruction set is its extern line and its row.
  * Called by attention.c for the tables and by python/module.c for the names. */
 #include "dispatch.h"
 
@@ -47,18 +47,19 @@ static bool always(void) { return true; }
 
 static const struct isa {
     const char *name;
-    bool (*available)(void), (*preferred)(void); /* to the rows below, where it is available */
+    bool (*available)(void);
+    bool (*preferred)(void); /* to the rows below; NULL: wherever it is available */
     const struct gqa_kernels *f32, *f64;
 } isas[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", has_avx512_bf16, has_fast_bf16, &gqa_avx512_bf16_f32, &gqa_avx512_f64},
-    {"avx512", has_avx512, has_avx512, &gqa_avx512_f32, &gqa_avx512_f64},
-    {"avx2", has_avx2, has_avx2, &gqa_avx2_f32, &gqa_avx2_f64},
+    {"avx512", has_avx512, NULL, &gqa_avx512_f32, &gqa_avx512_f64},
+    {"avx2", has_avx2, NULL, &gqa_avx2_f32, &gqa_avx2_f64},
 #endif
 #if defined(__aarch64__)
-    {"neon", always, always, &gqa_neon_f32, &gqa_neon_f64},
+    {"neon", always, NULL, &gqa_neon_f32, &gqa_neon_f64},
 #endif
-    {"scalar", always, always, &gqa_scalar_f32, &gqa_scalar_f64},
+    {"scalar", always, NULL, &gqa_scalar_f32, &gqa_scalar_f64},
 };
 
 enum { ISA_COUNT = sizeof isas / sizeof *isas };
@@ -69,7 +70,7 @@ static _Atomic(const struct isa *) chosen; /* NULL until first asked: then the f
 static const struct isa *current(void) {
     const struct isa *isa = atomic_load_explicit(&chosen, memory_order_relaxed), *best = isas;
     if (isa) return isa;
-    while (!best->preferred()) best++;
+    while (!(best->preferred ? best->preferred : best->available)()) best++;
     return atomic_compare_exchange_strong(&chosen, &isa, best) ? best : isa;
 }
 

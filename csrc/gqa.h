@@ -124,7 +124,7 @@ struct gqa_rope {
 };
 enum gqa_status gqa_rope_run(const struct gqa_rope *problem, struct gqa_poll poll);
 
-/* Which kernels run.  Of those this CPU and OS can run, the index-th name, best first; NULL past the last. */
+/* Which kernels run.  Of those this CPU and OS can run, the index-th name, widest first; NULL past the last. */
 const char *gqa_isa_available(int index);
 const char *gqa_isa_current(void);
 enum gqa_status gqa_isa_use(const char *name); /* process-wide; GQA_BAD_ARGUMENT when not available */

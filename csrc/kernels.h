@@ -22,7 +22,7 @@ enum {
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
 };
 
-/* Rows that will be read soon.  While a product is bound by arithmetic, it brings them nearer, a few lines at a time:
+/* Rows that will be read soon.  While `outer` is bound by arithmetic, it brings them nearer, a few lines at a time:
  * they are read in bursts, or in an order that no prefetcher follows. */
 struct gqa_fetch {
     const char *row; /* the next of `rows` rows, `step` bytes apart */
@@ -110,8 +110,7 @@ struct gqa_kernels {
 
     /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */
-    void (*load)(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
-                 int n);
+    void (*load)(void *to, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, int n);
     /* n reals, side by side, to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's
      * own reals. */
     void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n);

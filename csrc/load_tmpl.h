@@ -88,9 +88,8 @@ BLOCK real real_at(const char *from, const enum gqa_dtype dtype, bool swapped) {
     }
 }
 
-BLOCK void load_as(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, const enum gqa_dtype dtype,
-                   bool swapped, int n) {
-    for (int i = 0; i < n; i++) to[i * to_stride] = real_at(from + i * step, dtype, swapped);
+BLOCK void load_as(real *to, const char *from, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, int n) {
+    for (int i = 0; i < n; i++) to[i] = real_at(from + i * step, dtype, swapped);
 }
 
 /* Bools side by side: a choice between two constants, which compilers make of vectors. */
@@ -103,18 +102,17 @@ BLOCK vec widened(const void *halves, const enum gqa_dtype dtype) {
 }
 
 /* At most a vector of halves that do not lie one after another, or do not fill it. */
-BLOCK void load_some_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, const enum gqa_dtype dtype,
-                            bool swapped, int n) {
+BLOCK void load_some_halves(real *to, const char *from, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped,
+                            int n) {
     uint16_t halves[LANES] = {0};
     real wide[LANES];
     for (int i = 0; i < n; i++) halves[i] = (uint16_t)bits_at(from + i * step, 2, swapped);
     vstore(wide, widened(halves, dtype));
-    for (int i = 0; i < n; i++) to[i * to_stride] = wide[i];
+    for (int i = 0; i < n; i++) to[i] = wide[i];
 }
 
-BLOCK void load_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, const enum gqa_dtype dtype,
-                       bool swapped, int n) {
-    const bool plain = to_stride == 1 && step == 2 && !swapped;
+BLOCK void load_halves(real *to, const char *from, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, int n) {
+    const bool plain = step == 2 && !swapped;
     int i = 0;
     if (plain)
         for (; n - i >= LANES; i += LANES) {
@@ -123,24 +121,22 @@ BLOCK void load_halves(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_
             vstore(to + i, widened(from + i * step, dtype));
         }
     for (; i < n; i += LANES)
-        load_some_halves(to + i * to_stride, to_stride, from + i * step, step, dtype, swapped,
-                         n - i < LANES ? n - i : LANES);
+        load_some_halves(to + i, from + i * step, step, dtype, swapped, n - i < LANES ? n - i : LANES);
 }
 
-static void load(void *to, ptrdiff_t to_stride, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped,
-                 int n) {
+static void load(void *to, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, int n) {
     switch (dtype) {
     case GQA_BOOL:
-        if (to_stride == 1 && step == 1)
+        if (step == 1)
             load_bools(to, from, n);
         else
-            load_as(to, to_stride, from, step, GQA_BOOL, false, n);
+            load_as(to, from, step, GQA_BOOL, false, n);
         break;
-    case GQA_INT8: load_as(to, to_stride, from, step, GQA_INT8, false, n); break;
-    case GQA_FLOAT16: load_halves(to, to_stride, from, step, GQA_FLOAT16, swapped, n); break;
-    case GQA_BFLOAT16: load_halves(to, to_stride, from, step, GQA_BFLOAT16, swapped, n); break;
-    case GQA_FLOAT32: load_as(to, to_stride, from, step, GQA_FLOAT32, swapped, n); break;
-    case GQA_FLOAT64: load_as(to, to_stride, from, step, GQA_FLOAT64, swapped, n); break;
+    case GQA_INT8: load_as(to, from, step, GQA_INT8, false, n); break;
+    case GQA_FLOAT16: load_halves(to, from, step, GQA_FLOAT16, swapped, n); break;
+    case GQA_BFLOAT16: load_halves(to, from, step, GQA_BFLOAT16, swapped, n); break;
+    case GQA_FLOAT32: load_as(to, from, step, GQA_FLOAT32, swapped, n); break;
+    case GQA_FLOAT64: load_as(to, from, step, GQA_FLOAT64, swapped, n); break;
     case GQA_INT64: break; /* lengths and positions stay integers */
     }
 }

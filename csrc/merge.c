@@ -82,16 +82,16 @@ static void join_sinks(const struct gqa_plan *plan, const struct gqa_unit *unit,
     const struct gqa_operand *sinks = &plan->sinks;
     for (int64_t i = 0; i < form->stats; i++) {
         const int64_t head = unit->kv_head * plan->group + (unit->first_row + tile * form->tile_rows + i) % plan->group;
-        kernels->load(work->lo + i * (int64_t)kernels->real_size, 1, sinks->data + head * sinks->column, 0,
-                      sinks->dtype, sinks->swapped, 1);
+        kernels->load(work->lo + i * (int64_t)kernels->real_size, sinks->data + head * sinks->column, 0, sinks->dtype,
+                      sinks->swapped, 1);
     }
     kernels->join(a->m, a->l, work->lo, work->ones, work->hi, work->alpha, form->stats);
     kernels->blend(a->o, NULL, form->o_lanes, form->o_rows, form->o_lanes, work->hi, NULL, form->few);
 }
 
 /* A tile's finished rows from `first` on, one vector's lanes of them turned into rows. */
-static void store_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
-                       const struct accumulators *a, int64_t first, int64_t end) {
+static void store_outputs(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
+                          const struct accumulators *a, int64_t first, int64_t end) {
     const struct gqa_kernels *kernels = plan->kernels;
     const struct gqa_form *form = unit->form;
     const int64_t real = (int64_t)kernels->real_size, row = unit->first_row + tile * form->tile_rows;
@@ -112,7 +112,7 @@ void gqa_part_store(const struct gqa_plan *plan, const struct gqa_unit *unit, st
         if (plan->sinks.data) join_sinks(plan, unit, work, tile, &a);
         plan->kernels->divide(a.o, form->o_lanes, form->o_rows, form->o_lanes, a.l, form->few);
         for (int64_t first = 0; first < rows; first += side)
-            store_rows(plan, unit, work, tile, &a, first, gqa_min(first + side, rows));
+            store_outputs(plan, unit, work, tile, &a, first, gqa_min(first + side, rows));
     }
 }
 

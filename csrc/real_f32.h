@@ -7,8 +7,8 @@
 typedef float real;
 
 #define REAL(x) x##f
-#define EXP_CUT REAL(-70.7) /* 2^-102: times a number down to 2^-24 it is still a normal one */
-#define EXP_ZERO REAL(-87.9) /* rounds to 2^-127, whose bits are those of 0 */
+#define EXP_CUT REAL(-70.7011) /* 2^-102: times a number down to 2^-24 it is still a normal one */
+#define EXP_ZERO REAL(-87.9)   /* rounds to 2^-127, whose bits are those of 0 */
 /* added to a number of up to 2^21, it leaves the nearest integer n, and n + 127 in the lowest bits */
 #define TO_EXPONENT REAL(12583039.0)
 #define LN2_HIGH REAL(0.693359375)

@@ -7,7 +7,7 @@
 typedef double real;
 
 #define REAL(x) x
-#define EXP_CUT REAL(-671.6) /* 2^-969: times a number down to 2^-53 it is still a normal one */
+#define EXP_CUT REAL(-671.66) /* 2^-969: times a number down to 2^-53 it is still a normal one */
 #define EXP_ZERO REAL(-708.9) /* rounds to 2^-1023, whose bits are those of 0 */
 /* added to a number of up to 2^50, it leaves the nearest integer n, and n + 1023 in the lowest bits */
 #define TO_EXPONENT REAL(6755399441056767.0)

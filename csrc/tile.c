@@ -69,8 +69,8 @@ static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit 
     step.end = gqa_min(step.end, keys->end);
     step.masked = plan->mask.data || plan->key_positions.data || all_lo > step.first || all_hi < step.end;
     const int64_t real = (int64_t)plan->kernels->real_size;
-    const int64_t turn = form->few ? keys->first % GQA_SPAN / GQA_KEY_TILE : 0;
-    step.scores = work->scores + turn * form->tile_rows * GQA_KEY_TILE * real;
+    const int64_t place = form->few ? keys->first % GQA_SPAN / GQA_KEY_TILE : 0;
+    step.scores = work->scores + place * form->tile_rows * GQA_KEY_TILE * real;
     step.o = part + (size_t)tile * form->tile_bytes;
     step.m = step.o + (int64_t)form->o_rows * form->o_lanes * real;
     step.l = step.m + form->stats * real;
@@ -246,9 +246,10 @@ static struct key_tile key_tile_at(int64_t first, int64_t end) {
 /* The keys from `first` on, at most a tile of them, as far as they lie in one run. */
 static struct gqa_fetch fetch_of(const struct gqa_plan *plan, const struct gqa_unit *unit,
                                  const struct gqa_operand *operand, int64_t first, int64_t end, int64_t width) {
-    if (first >= end) return (struct gqa_fetch){0};
+    const int64_t size = (int64_t)gqa_itemsize(operand->dtype);
+    if (first >= end || operand->column != size) return (struct gqa_fetch){0};
     const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(GQA_KEY_TILE, end - first));
-    return (struct gqa_fetch){run.at, operand->row, run.count, width * (int64_t)gqa_itemsize(operand->dtype), 0};
+    return (struct gqa_fetch){run.at, operand->row, run.count, width * size, 0};
 }
 
 /* Every row tile of the unit takes its turn at each key tile. */

@@ -13,8 +13,8 @@ static bool lies_plainly(const struct gqa_operand *operand, const char *at, int6
 }
 
 static struct gqa_rows in_place(const struct gqa_operand *operand, const char *at, int64_t first) {
-    return (struct gqa_rows){at + first * operand->row, (ptrdiff_t)(operand->row / (int64_t)gqa_itemsize(operand->dtype)),
-                             operand->dtype};
+    return (struct gqa_rows){at + first * operand->row,
+                             (ptrdiff_t)(operand->row / (int64_t)gqa_itemsize(operand->dtype)), operand->dtype};
 }
 
 /* To scratch (count, width), as reals. */
@@ -24,7 +24,7 @@ static struct gqa_rows loaded(const struct gqa_kernels *kernels, const struct gq
     const bool joined = operand->row == width * operand->column; /* each row follows the last: as one long row */
     const int64_t rows = joined ? 1 : count, length = joined ? count * width : width;
     for (int64_t i = 0; i < rows; i++)
-        kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, 1, row + i * operand->row,
+        kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, row + i * operand->row,
                       operand->column, operand->dtype, operand->swapped, (int)length);
     return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(kernels)};
 }

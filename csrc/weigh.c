@@ -28,8 +28,8 @@ void gqa_drop_out(const struct gqa_plan *plan, const struct gqa_unit *unit, cons
 }
 
 /* Rows of weights, (rows, GQA_KEY_TILE), from row `first` of the slots on. */
-static void store_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_slots *slots,
-                       int first, int end, const char *weights) {
+static void store_weights(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_slots *slots,
+                          int first, int end, const char *weights) {
     const struct gqa_operand *to = &plan->weights;
     const int64_t bytes = GQA_KEY_TILE * (int64_t)plan->kernels->real_size;
     for (int r = first; r < end; r++) {
@@ -45,12 +45,12 @@ void gqa_weights_store(const struct gqa_plan *plan, const struct gqa_unit *unit,
     const struct gqa_kernels *kernels = plan->kernels;
     const int lanes = kernels->lanes, keys = (int)gqa_round_up(slots->keys, lanes);
     if (unit->form->few) {
-        store_rows(plan, unit, slots, 0, slots->rows, weights);
+        store_weights(plan, unit, slots, 0, slots->rows, weights);
         return;
     }
     for (int first = 0; first < slots->rows; first += lanes) {
         kernels->turn(work->rows, GQA_KEY_TILE, weights + first * (int64_t)kernels->real_size, slots->key_stride, keys,
                       lanes);
-        store_rows(plan, unit, slots, first, (int)gqa_min(first + lanes, slots->rows), work->rows);
+        store_weights(plan, unit, slots, first, (int)gqa_min(first + lanes, slots->rows), work->rows);
     }
 }

@@ -6,18 +6,18 @@
 
 /* Scratch of one thread.  Every buffer begins at a multiple of 64 bytes and holds reals unless it says otherwise. */
 struct gqa_work {
-    char *query;              /* unit_tiles x (head_dim, row_tile), or (rows, head_dim padded) when few: scaled reals,
-                               * or bfloat16 as it came, by pairs */
-    char *scores;             /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
-    char *bias;               /* one tile's shape */
-    char *key, *value;        /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
-    char *row;                /* one row of anything */
-    char *rows;               /* (lanes, head_dim, v_dim or GQA_KEY_TILE, padded): rows to be turned, or that were */
-    char *lo, *hi, *alpha;    /* (stats,) */
-    char *final_m, *final_l;  /* (stats,) copies, when weights are wanted */
-    char *slope, *row_at;     /* (stats,) with ALiBi: slopes, and positions relative to the first row's */
-    char *key_at;             /* (GQA_KEY_TILE,) the same of keys */
-    char *ones;               /* (stats,), all 1 */
+    char *query;             /* unit_tiles x (width, row_tile), or (rows, width) when few, width = gqa_row_reals: scaled
+                               * reals, or bfloat16 as it came, by pairs */
+    char *scores;            /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
+    char *bias;              /* one tile's shape */
+    char *key, *value;       /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
+    char *row;               /* one row of anything */
+    char *rows;              /* (lanes, head_dim, v_dim or GQA_KEY_TILE, padded): rows to be turned, or that were */
+    char *lo, *hi, *alpha;   /* (stats,) */
+    char *final_m, *final_l; /* (stats,) copies, when weights are wanted */
+    char *slope, *row_at;    /* (stats,) with ALiBi: slopes, and positions relative to the first row's */
+    char *key_at;            /* (GQA_KEY_TILE,) the same of keys */
+    char *ones;              /* (stats,), all 1 */
     int64_t *row_lo, *row_hi; /* (unit_tiles * tile_rows,) live keys of each row of the unit */
     char **parts;             /* levels buffers of part_bytes; see merge.h */
     int levels;

@@ -9,7 +9,7 @@ __all__ = ["available_isas", "use_isa"]
 
 
 def available_isas() -> tuple[str, ...]:
-    """Names that :func:`use_isa` takes here, best first, such as ``("avx512", "avx2", "scalar")``.
+    """Names that :func:`use_isa` takes here, widest first, such as ``("avx512", "avx2", "scalar")``.
 
     Examples
     --------

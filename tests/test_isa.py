@@ -25,7 +25,7 @@ def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environ | environment, capture_output=True, text=True, check=False)
 
 
-def test_names_stand_best_first_and_end_with_scalar() -> None:
+def test_names_stand_widest_first_and_end_with_scalar() -> None:
     names = testing.available_isas()
     assert names[-1] == "scalar"
     assert len(set(names)) == len(names)

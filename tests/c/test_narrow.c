@@ -33,7 +33,7 @@ static struct rows draw_rows(enum gqa_dtype dtype, int count, int width, enum ki
             free(x);
         }
     }
-    kernels->load(r.reals, 1, r.data, bytes_of(dtype), dtype, false, (int)elements);
+    kernels->load(r.reals, r.data, bytes_of(dtype), dtype, false, (int)elements);
     return r;
 }
 

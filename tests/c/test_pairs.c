@@ -11,7 +11,7 @@ static char *draw(ptrdiff_t count, enum kind kind, double **values) {
     for (ptrdiff_t i = 0; i < count; i++) {
         void *x = reals(1, value_of(kind));
         kernels->store(memory + 1 + 2 * i, 2, GQA_BFLOAT16, false, x, 1);
-        kernels->load(x, 1, memory + 1 + 2 * i, 2, GQA_BFLOAT16, false, 1);
+        kernels->load(x, memory + 1 + 2 * i, 2, GQA_BFLOAT16, false, 1);
         (*values)[i] = get(x, 0);
         free(x);
     }
