@@ -15,8 +15,8 @@ static struct strides strides_of(const struct gqa_unit *unit) {
     return unit->form->few ? (struct strides){GQA_KEY_TILE, 1} : (struct strides){1, (ptrdiff_t)unit->form->tile_rows};
 }
 
-/* Rows of the mask, one after another to `to` (rows, GQA_KEY_TILE); one that heads share is read once,
- * and copied. */
+/* Rows of the mask, one after another to `to` (rows, GQA_KEY_TILE); one that heads share is read for the first
+ * of them here and copied for the rest. */
 static void load_mask(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t first_row, int64_t rows,
                       int64_t first_key, int keys, char *to) {
     const struct gqa_operand *mask = &plan->mask;

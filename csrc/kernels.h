@@ -111,8 +111,8 @@ struct gqa_kernels {
     /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */
     void (*load)(void *to, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, int n);
-    /* n reals, side by side, to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the table's
-     * own reals. */
+    /* n reals, side by side, to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the
+     * table's own reals. */
     void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n);
     /* to[i] = from[i] * factor */
     void (*multiply)(void *to, const void *from, int n, double factor);

@@ -36,7 +36,8 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 
 enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
 
-enum { FETCH_LINES = 8, FETCH_EVERY = 16 }; /* lines of 64 bytes, and products: about what a core reads from memory in the meantime */
+/* Lines of 64 bytes, and products: about what a core reads from memory in the meantime. */
+enum { FETCH_LINES = 8, FETCH_EVERY = 16 };
 
 BLOCK void fetch_some(struct gqa_fetch *next) {
     for (int i = 0; i < FETCH_LINES && next->rows > 0; i++) {
