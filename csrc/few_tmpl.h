@@ -7,30 +7,45 @@
 
 /* ---- outer_few: rows of values, weighted ---- */
 
+/* The rows `ahead` bytes on; rows without gaps are one. */
+BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, ptrdiff_t ahead) {
+    if (step == width) width *= rows, rows = 1;
+    return (struct gqa_fetch){(const char *)((uintptr_t)row + (uintptr_t)ahead), step, rows, width, 0};
+}
+
+/* The lines of `bytes` that one of several blocks asks for, `size` of `work` in each. */
+BLOCK int lines_each(int64_t bytes, int work, const int size) {
+    const int64_t lines = (bytes + 63) / 64, blocks = (work + size - 1) / size;
+    return (int)((lines + blocks - 1) / blocks);
+}
+
 /* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
- * whole before the next, which is how memory streams. */
+ * whole before the next, which is how memory streams.  With each strip come some lines of the rows ahead. */
 BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
                       int lanes, const real *b, ptrdiff_t b_n, const int widest, const int columns, int count,
-                      ptrdiff_t ahead) {
+                      struct gqa_fetch *next, int lines) {
     int lane = 0;
     UNROLL for (int vectors = widest; vectors > 0; vectors /= 2)
-        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
+        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES) {
+            fetch_lines(next, lines);
             outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, vectors, 0, b, b_n,
-                        1, columns, count, ahead, NULL);
+                        1, columns, count, NULL);
+        }
     if (lane < lanes)
         outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, 1, lanes - lane, b, b_n,
-                    1, columns, count, 0, NULL);
+                    1, columns, count, NULL);
 }
 
 /* Narrow rows go twice as many columns wide in strips of half the width: each is widened for twice as many products. */
 BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
-                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead) {
+                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, struct gqa_fetch *next, int lines) {
     if (dtype != OWN)
         for (; n >= 2 * FEW_COLUMNS; n -= 2 * FEW_COLUMNS, c += 2 * FEW_COLUMNS * c_stride, b += 2 * FEW_COLUMNS * b_n)
-            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS / 2, 2 * FEW_COLUMNS, count, ahead);
+            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS / 2, 2 * FEW_COLUMNS, count, next,
+                       lines);
     UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
         for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
-            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, ahead);
+            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, next, lines);
 }
 
 /* The same, without what has a factor 0. */
@@ -47,13 +62,15 @@ BLOCK void careful_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t
 /* Both forms go by the same pieces, so that a masked NaN changes no bit of a row that masks it. */
 BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_stride, const enum gqa_dtype dtype,
                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead, const bool careful) {
-    const ptrdiff_t step = a_stride * size_of(dtype);
+    const ptrdiff_t step = a_stride * size_of(dtype), width = lanes * size_of(dtype);
+    const int lines = lines_each(GQA_FEW_PIECE * width, n * lanes, FEW_VECTORS * FEW_COLUMNS * LANES);
     for (int t = 0, some; t < count; t += some, a += some * step, b += some) {
         some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
+        struct gqa_fetch next = rows_ahead(a, step, some, width, ahead);
         if (careful)
             careful_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some);
         else
-            few_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some, ahead);
+            few_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some, &next, lines);
     }
 }
 
@@ -85,26 +102,27 @@ static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *a, ptrdif
 
 enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
 
-/* `side` keys at a time.  1: memory is read in one ascending stream, which the prefetchers follow (four keys of
- * floats side by side: a third of the read speed).  4: a vector of q is loaded once for four products; narrow keys
- * lie close enough for that, and are bound by loads (float16, 4 rows: 13.3 ns a key from memory, not 15.5). */
+/* `side` keys at a time, and with each some lines of the keys to come.  1: memory is read in one ascending stream.
+ * DOT_KEYS: a vector of q is loaded once for several products, and sums do not wait for one another. */
 BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const char *const k[DOT_KEYS],
-                     const enum gqa_dtype dtype, int head_dim, const int side, ptrdiff_t ahead) {
+                     const enum gqa_dtype dtype, int head_dim, const int side, struct gqa_fetch *next, int lines) {
+    const int whole = head_dim - head_dim % LANES;
     vec sum[DOT_ROWS][DOT_KEYS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
-    UNROLL for (int first = 0; first < DOT_KEYS; first += side)
-        for (int t = 0; t < head_dim; t += LANES) {
-            vec x[DOT_KEYS];
-            UNROLL for (int j = 0; j < side; j++) {
-                x[j] = row_some(k[first + j], t, head_dim, dtype);
-                if (dtype != OWN || rows > 2) fetch_ahead(k[first + j] + t * size_of(dtype), ahead);
+    UNROLL for (int first = 0; first < DOT_KEYS; first += side) {
+        fetch_lines(next, side * lines);
+        UNROLL for (int rest = 0; rest < 2; rest++) /* whole vectors, then the last lanes */
+            for (int t = rest ? whole : 0; t < (rest ? head_dim : whole); t += LANES) {
+                vec x[DOT_KEYS];
+                UNROLL for (int j = 0; j < side; j++)
+                    x[j] = rest ? row_rest(k[first + j], t, head_dim - t, dtype) : row_vec(k[first + j], t, dtype);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const vec y = vload(q + r * q_stride + t);
+                    UNROLL for (int j = 0; j < side; j++) sum[r][first + j] = vfma(x[j], y, sum[r][first + j]);
+                }
             }
-            UNROLL for (int r = 0; r < rows; r++) {
-                const vec y = vload(q + r * q_stride + t);
-                UNROLL for (int j = 0; j < side; j++) sum[r][first + j] = vfma(x[j], y, sum[r][first + j]);
-            }
-        }
+    }
     UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
@@ -115,6 +133,9 @@ BLOCK void nearest_keys(const char *k[DOT_KEYS], const char *first, ptrdiff_t st
 
 BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, const char *first, ptrdiff_t step,
                     const enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
+    const int64_t width = head_dim * size_of(dtype);
+    const int lines = lines_each(width, rows, DOT_ROWS);
+    struct gqa_fetch next = rows_ahead(first, step, keys, width, ahead);
     for (int j = 0; j < keys; j += DOT_KEYS) {
         const char *k[DOT_KEYS];
         nearest_keys(k, first, step, j, keys);
@@ -123,10 +144,10 @@ BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, cons
         int left = rows;
         UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
             for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride) {
-                if (dtype != OWN && block > 2)
-                    dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, ahead);
+                if (rows > (dtype == OWN ? OWN_ALONE : NARROW_ALONE))
+                    dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, &next, lines);
                 else
-                    dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, ahead);
+                    dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, &next, lines);
             }
     }
 }

@@ -34,39 +34,42 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 
 /* ---- outer: rank-1 updates ---- */
 
-enum { MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS };
+enum {
+    CHAINS = 8, /* sums in a block, at least: two products a cycle, each done four cycles later */
+    MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS,
+    MOST_COLUMNS = COLUMNS > (int)CHAINS ? COLUMNS : (int)CHAINS,
+};
 
 /* Lines of 64 bytes, and products: about what a core reads from memory in the meantime. */
 enum { FETCH_LINES = 8, FETCH_EVERY = 16 };
 
-BLOCK void fetch_some(struct gqa_fetch *next) {
-    for (int i = 0; i < FETCH_LINES && next->rows > 0; i++) {
-        __builtin_prefetch(next->row + next->at, 0, 2);
-        next->at += 64;
-        if (next->at < next->width) continue;
-        next->at = 0, next->row += next->step, next->rows--;
+/* In the order in which they lie: asked for in the order in which blocks take them, they come a third slower. */
+BLOCK void fetch_lines(struct gqa_fetch *next, int64_t lines) {
+    while (lines > 0 && next->rows > 0) {
+        const int64_t left = (next->width - next->at + 63) / 64, some = lines < left ? lines : left;
+        for (int64_t i = 0; i < some; i++) __builtin_prefetch(next->row + next->at + 64 * i, 0, 2);
+        lines -= some, next->at += 64 * some;
+        if (some == left) next->at = 0, next->row += next->step, next->rows--;
     }
 }
 
 /* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.  `adds` (to c) goes
- * without scale.  ahead: how many bytes on to fetch of a, 0 = nothing.  The sums are this function's own: handed to
- * another one, though inlined, gcc 12 keeps them in memory (30 % slower). */
+ * without scale.  The sums are this function's own: handed to another one, though inlined, gcc 12 keeps them in
+ * memory (30 % slower). */
 BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const bool adds, const char *a, ptrdiff_t a_step,
                        const enum gqa_dtype dtype, const int vectors, const int rest, const real *b, ptrdiff_t b_n,
-                       ptrdiff_t b_t, const int columns, int count, ptrdiff_t ahead, struct gqa_fetch *next) {
-    vec sum[COLUMNS][MOST_VECTORS];
+                       ptrdiff_t b_t, const int columns, int count, struct gqa_fetch *next) {
+    vec sum[MOST_COLUMNS][MOST_VECTORS];
     UNROLL for (int n = 0; n < columns; n++)
         UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
     for (ptrdiff_t t = 0, end; t < count; t = end) {
-        const bool fetching = next && next->rows > 0 && count - t > FETCH_EVERY;
-        end = fetching ? t + FETCH_EVERY : count;
-        if (fetching) fetch_some(next);
+        const bool fetching = next && next->rows > 0;
+        end = fetching && count - t > FETCH_EVERY ? t + FETCH_EVERY : count;
+        if (fetching) fetch_lines(next, FETCH_LINES);
         for (; t < end; t++) {
             vec x[MOST_VECTORS];
-            UNROLL for (int v = 0; v < vectors; v++) {
+            UNROLL for (int v = 0; v < vectors; v++)
                 x[v] = rest ? row_rest(a + t * a_step, 0, rest, dtype) : row_vec(a + t * a_step, v * LANES, dtype);
-                if (ahead) fetch_ahead(a + t * a_step + v * LANES * size_of(dtype), ahead);
-            }
             UNROLL for (int n = 0; n < columns; n++) {
                 const vec y = vset(b[n * b_n + t * b_t]);
                 UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
@@ -88,13 +91,15 @@ BLOCK void outer_strip(real *c, const real *scale, const real *a, const int vect
                        ptrdiff_t b_t, int n, int count, struct gqa_fetch *next) {
     const ptrdiff_t step = ROW_TILE * sizeof(real);
     const char *from = (const char *)a;
-    UNROLL for (int columns = COLUMNS; columns > 0; columns /= 2)
+    UNROLL for (int columns = MOST_COLUMNS; columns > 0; columns /= 2) {
+        if (columns * vectors > COLUMNS * ROW_VECTORS) continue; /* more than fits the registers */
         for (; n >= columns; n -= columns, c += columns * ROW_TILE, b += columns * b_n) {
             if (b_t == 1)
-                outer_block(c, ROW_TILE, scale, false, from, step, OWN, vectors, 0, b, b_n, 1, columns, count, 0, next);
+                outer_block(c, ROW_TILE, scale, false, from, step, OWN, vectors, 0, b, b_n, 1, columns, count, next);
             else
-                outer_block(c, ROW_TILE, scale, false, from, step, OWN, vectors, 0, b, 1, b_t, columns, count, 0, next);
+                outer_block(c, ROW_TILE, scale, false, from, step, OWN, vectors, 0, b, 1, b_t, columns, count, next);
         }
+    }
 }
 
 static void outer(void *c, const void *scale, const void *a, int lanes, const void *b, ptrdiff_t b_n, ptrdiff_t b_t,
