@@ -54,8 +54,10 @@ static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3]
 /* A vector of int8 or of halves from and to memory of any alignment; stores round to nearest even. */
 static inline vec vload_int8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
 static inline vec vload_float16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
-static inline vec vload_bfloat16(const void *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
+static inline vec vload_bfloat16(const void *p) { /* each half above two bytes of 0 */
+    __m256i to = _mm256_setr_epi32(0x01008080, 0x03028080, 0x05048080, 0x07068080, /* the lower four in one lane */
+                                   0x09088080, 0x0b0a8080, 0x0d0c8080, 0x0f0e8080);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(p)), to));
 }
 static inline void vstore_float16(void *p, vec x) {
     _mm_storeu_si128(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
