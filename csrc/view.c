@@ -119,7 +119,10 @@ void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scal
     struct gqa_run run;
     for (int64_t done = 0; done < count; done += run.count) {
         run = gqa_view_run(plan, scales, unit, first + done, count - done);
-        for (int64_t i = 0; i < run.count; i++) memcpy(&to[done + i], run.at + i * scales->row, sizeof *to);
+        if (scales->row == sizeof *to)
+            memcpy(&to[done], run.at, (size_t)run.count * sizeof *to);
+        else
+            for (int64_t i = 0; i < run.count; i++) memcpy(&to[done + i], run.at + i * scales->row, sizeof *to);
     }
 }
 

@@ -3,7 +3,8 @@
 C writes new rows in place and finds each key again; here are lengths, and what is said when something does not fit.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -43,10 +44,17 @@ def as_rows(call: str, name: str, thing: Any, batch: int, num_heads: int, width:
     return np.broadcast_to(array, wanted)
 
 
+@lru_cache(maxsize=64)
+def _all_of(rows: int, batch: int) -> Array:
+    counts = np.full(batch, rows)
+    counts.flags.writeable = False
+    return counts
+
+
 def as_counts(call: str, thing: Any, batch: int, rows: int) -> Array:
     """How many of the new rows each sequence gets; all when None."""
     if thing is None:
-        return np.full(batch, rows)
+        return _all_of(rows, batch)
     counts = as_integers(call, "lengths", thing)
     if not fits(counts.shape, (batch,)):
         wanted = f"one length for each sequence, ({batch},), was wanted"
@@ -120,10 +128,8 @@ class KVCache:
         self.capacity = as_int(call, "capacity", capacity, 1)
         self.dtype = as_cache_dtype(call, dtype)
         self.window = _as_width(call, window)
-        self._frozen = False
         self._store(self.capacity if self.window is None else min(self.window, self.capacity))
-        self._set_lengths(np.zeros(self.batch, np.int64))
-        self._oldest = np.zeros(self.batch, np.int64)  # keys before it have been overwritten
+        self.reset()
 
     # ---- what is in it ----
 
@@ -207,12 +213,13 @@ class KVCache:
             fail(ValueError, call, f"value has {count(value.shape[2], 'row')} but key has {rows}", wanted, "pass both")
         counts = as_counts(call, lengths, self.batch, rows)
         after = self._lengths + counts
+        longest = max(after.tolist(), default=0)
         if self._is_ring:
             self._widen_ring(rows)
-        else:
-            self._check_room(call, after)
+        elif longest > self.capacity:
+            self._explain_full(call, after)
         _core.cache_append(*self._arrays_or_none(), None, key, value, self._lengths, counts)
-        self._set_lengths(after)
+        self._set_lengths(after, longest)
         if self._is_ring:
             self._oldest = np.maximum(self._oldest, after - self._slots)
 
@@ -270,8 +277,8 @@ class KVCache:
     def reset(self) -> None:
         """Empty the cache, and thaw it."""
         self._frozen = False
-        self._set_lengths(np.zeros(self.batch, np.int64))
-        self._oldest = np.zeros(self.batch, np.int64)
+        self._oldest = np.zeros(self.batch, np.int64)  # keys before it have been overwritten
+        self._set_lengths(self._oldest, 0)
 
     def reorder(self, index: ArrayLike) -> None:
         """Sequence b becomes what sequence index[b] was, as beam search wants; any may be taken more than once.
@@ -308,23 +315,22 @@ class KVCache:
     def _arrays(self) -> list[Array]:
         return [array for array in self._arrays_or_none() if array is not None]
 
-    def _set_lengths(self, lengths: Array) -> None:
+    def _set_lengths(self, lengths: Array, longest: int | None = None) -> None:
         """A new array each time: C may be reading the old one."""
         self._lengths = lengths
-        self._longest = max(lengths.tolist(), default=0)
+        self._longest = longest if longest is not None else max(lengths.tolist(), default=0)
         self._cached = Cached(*self._arrays_or_none(), None, lengths, self._longest)
 
     @property
     def _is_ring(self) -> bool:
         return self.window is not None and self.window <= self.capacity
 
-    def _check_room(self, call: str, after: Array) -> None:
+    def _explain_full(self, call: str, after: Array) -> NoReturn:
         """Nobody gets longer than the capacity."""
-        if max(after.tolist(), default=0) > self.capacity:
-            b = int(np.argmax(after))
-            came = f"the cache is full: sequence {b} has length {self._lengths[b]} of capacity {self.capacity}"
-            wanted = f"room for {after[b] - self._lengths[b]} more was wanted, {after[b]} in all"
-            fail(ValueError, call, came, wanted, f"make it with capacity={after[b]} or more, or crop or reset it")
+        b = int(np.argmax(after))
+        came = f"the cache is full: sequence {b} has length {self._lengths[b]} of capacity {self.capacity}"
+        wanted = f"room for {after[b] - self._lengths[b]} more was wanted, {after[b]} in all"
+        fail(ValueError, call, came, wanted, f"make it with capacity={after[b]} or more, or crop or reset it")
 
     def _widen_ring(self, rows: int) -> None:
         """Room for a chunk and the window before its first row; keys move to their slots of the longer ring."""
