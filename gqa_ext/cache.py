@@ -109,6 +109,8 @@ class KVCache:
     KVCache(1, 2, 64, capacity=1000, dtype='float16', lengths=[6])
     """
 
+    _oldest: Array  # int64 (B,): keys before it have been overwritten
+
     def __init__(
         self,
         batch: int,
@@ -277,7 +279,7 @@ class KVCache:
     def reset(self) -> None:
         """Empty the cache, and thaw it."""
         self._frozen = False
-        self._oldest = np.zeros(self.batch, np.int64)  # keys before it have been overwritten
+        self._oldest = np.zeros(self.batch, np.int64)
         self._set_lengths(self._oldest, 0)
 
     def reorder(self, index: ArrayLike) -> None:
