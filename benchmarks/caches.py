@@ -86,6 +86,17 @@ def _int8(rng: np.random.Generator) -> tuple[Call, Call]:
     return lambda i: small.attend(query), lambda i: halves.attend(query)
 
 
+def _int8_ggml(rng: np.random.Generator) -> tuple[Call, Call]:
+    """Eight bits a number, 16k keys, 32/8 heads, against ggml's Q8_0."""
+    import ggml_attention
+
+    lengths = np.array([16384])
+    small, query = _dense_cache(rng, "int8", lengths), _rows(rng, 1, 32, 1, 128)
+    key, value = (_rows(rng, 1, 8, 16384, 128) for _ in range(2))
+    theirs = ggml_attention.attention(query, key, value, gqa_ext.get_num_threads())
+    return lambda i: small.attend(query), lambda i: theirs()
+
+
 def _smallest(rng: np.random.Generator) -> tuple[Call, Call]:
     """append and attend of one token with one key, 8/2 heads, against torch's attention alone."""
     import torch
@@ -110,6 +121,7 @@ CASES = (
     Case("scattered blocks of 16 / contiguous, 8 ragged, 32/8, float32", partial(_scattered, dtype="float32"), 2),
     Case("8 ragged / one sequence of as many tokens, 32/8, float32", _ragged, 1.1),
     Case("int8 / float16, 16k, 32/8", _int8, 1.0),
+    Case("int8 / ggml's Q8_0, 16k, 32/8", _int8_ggml, 1 / 3),
     Case("reset + append + attend, 1 key, 8/2 / torch attention alone", _smallest, 1.5),
 )
 

@@ -1,4 +1,4 @@
-"""Builds every contender of a work over the same arrays: ours, torch, ONNX Runtime, OpenVINO, NumPy, and yardsticks.
+"""Builds every contender of a work over the same arrays: ours, peers, NumPy, and yardsticks.
 
 Called by attention.py. A contender that cannot take part (not installed, no such dtype) is returned as the reason why,
 never left out in silence; one that computes something else than NumPy's attention raises.
@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  gives NumPy the name "bfloat16"
 import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
-from works import GEMM, NUMPY, OPENVINO, ORT, OURS, READ, TORCH, WIDEST, Work
+from works import GEMM, GGML, NUMPY, OPENVINO, ORT, OURS, READ, TORCH, WIDEST, Work
 
 Array = NDArray[Any]
 Triple = tuple[Array, Array, Array]
@@ -24,6 +24,8 @@ Built = tuple[Callable[[int], Any], str]
 GEMM_SIZE = 2048
 TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest error over the largest output. Halves: four roundings (libraries may round the weights too)."""
+GGML_TOLERANCE = 5e-2
+"""ggml adds up weighted float16 values in float16."""
 CACHE_NBYTES = 256 << 20
 """Sets of K and V that decode cycles over fill at least this, eight times the largest L3 slice in common use."""
 
@@ -151,6 +153,12 @@ def _openvino(work: Work, sets: Sequence[Triple], threads: int) -> Built:
     return openvino_attention.build(work, sets, threads)
 
 
+def _ggml(work: Work, sets: Sequence[Triple], threads: int) -> Built:
+    import ggml_attention
+
+    return ggml_attention.build(work, sets, threads)
+
+
 def _check(name: str, got: Any, want: Array, tolerance: float) -> None:
     result = np.asarray(got.double() if name == TORCH else got)  # NumPy reads no bfloat16 tensor
     error = float(np.abs(result - want).max() / np.abs(want).max())
@@ -168,6 +176,7 @@ def build(work: Work, threads: int) -> tuple[dict[str, Contender], dict[str, str
         TORCH: lambda: _torch(work, sets, threads),
         ORT: lambda: _ort(work, sets, threads),
         OPENVINO: lambda: _openvino(work, sets, threads),
+        GGML: lambda: _ggml(work, sets, threads),
         NUMPY: lambda: _numpy(work, sets),
         GEMM: lambda: _gemm(work),
         READ: lambda: _read(sets, threads),
@@ -182,6 +191,6 @@ def build(work: Work, threads: int) -> tuple[dict[str, Contender], dict[str, str
             absent[name] = str(reason)
             continue
         if name not in (GEMM, READ):
-            _check(name, call(0), want, TOLERANCE[work.dtype])
+            _check(name, call(0), want, GGML_TOLERANCE if name == GGML else TOLERANCE[work.dtype])
         built[name] = Contender(call, 2 * GEMM_SIZE**3 if name == GEMM else work.amount, note)
     return built, absent

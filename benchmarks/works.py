@@ -13,6 +13,8 @@ WIDEST = "gqa_ext, widest ISA"
 TORCH = "torch"
 ORT = "onnxruntime"
 OPENVINO = "openvino"
+GGML = "ggml"
+"""Where it is built: its floors hold only where it takes part."""
 NUMPY = "numpy"
 GEMM = "gemm"
 READ = "read"
@@ -87,7 +89,7 @@ def _half_prefill(dtype: str) -> Work:
 def _half_decode(
     dtype: str, shape: str, seq_k: int, num_heads: int, floors: dict[str, float], num_kv_heads: int = 8
 ) -> Work:
-    contenders = (OURS, TORCH, READ) if dtype == "bfloat16" else (OURS, TORCH, ORT, READ)  # ORT has no bfloat16 here
+    contenders = (OURS, TORCH, READ) if dtype == "bfloat16" else (OURS, TORCH, ORT, GGML, READ)  # as to their dtypes
     return Work(
         f"{dtype} decode {shape}, D=128", 1, seq_k, num_heads, num_kv_heads, dtype=dtype, unit="B",
         contenders=contenders, floors=floors,
@@ -110,10 +112,10 @@ WORKS = (
     _decode("decode 8 x 2k keys, 32/32, D=128", 2048, 32, batch=8),
     _half_prefill("bfloat16"),
     _half_prefill("float16"),
-    _half_decode("float16", "16k keys, 32/8", 16384, 32, {READ: 0.8, TORCH: 3.0, ORT: 2.0}),
+    _half_decode("float16", "16k keys, 32/8", 16384, 32, {READ: 0.8, TORCH: 3.0, ORT: 2.0, GGML: 2.0}),
     _half_decode("bfloat16", "16k keys, 32/8", 16384, 32, {READ: 0.8, TORCH: 3.0}),
-    _half_decode("float16", "4k keys, 64/8", 4096, 64, {TORCH: 3.0, ORT: 1.3}),
-    _half_decode("float16", "4k keys, 32/1", 4096, 32, {TORCH: 1.0, ORT: 1.0}, num_kv_heads=1),
+    _half_decode("float16", "4k keys, 64/8", 4096, 64, {TORCH: 3.0, ORT: 1.3, GGML: 1.0}),
+    _half_decode("float16", "4k keys, 32/1", 4096, 32, {TORCH: 1.0, ORT: 1.0, GGML: 1.0}, num_kv_heads=1),
     Work("call: one query, one key, 8/2, D=64", 1, 1, 8, 2, 64, contenders=(OURS, *PEERS), floors={TORCH: 1 / 1.5}),
     Work("AVX2 only: prefill 2048 causal, 32/8, D=128", 2048, 2048, is_causal=True, contenders=(OURS, WIDEST, GEMM),
          floors={WIDEST: 0.75, GEMM: 0.75}, any_floor=True, isa="avx2", coretype="Haswell"),
