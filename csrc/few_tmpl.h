@@ -102,16 +102,16 @@ static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *a, ptrdif
 
 enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
 
-/* `side` keys at a time, and with each some lines of the keys to come.  1: memory is read in one ascending stream.
- * DOT_KEYS: a vector of q is loaded once for several products, and sums do not wait for one another. */
+/* `side` keys at a time, 1: memory is read in one ascending stream; DOT_KEYS: a vector of q is loaded once for several
+ * products, and sums do not wait for one another.  With each block come some `lines` of each key ahead. */
 BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const char *const k[DOT_KEYS],
                      const enum gqa_dtype dtype, int head_dim, const int side, struct gqa_fetch *next, int lines) {
     const int whole = head_dim - head_dim % LANES;
     vec sum[DOT_ROWS][DOT_KEYS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
-    UNROLL for (int first = 0; first < DOT_KEYS; first += side) {
-        fetch_lines(next, side * lines);
+    fetch_lines(next, DOT_KEYS * lines);
+    UNROLL for (int first = 0; first < DOT_KEYS; first += side)
         UNROLL for (int rest = 0; rest < 2; rest++) /* whole vectors, then the last lanes */
             for (int t = rest ? whole : 0; t < (rest ? head_dim : whole); t += LANES) {
                 vec x[DOT_KEYS];
@@ -122,7 +122,6 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
                     UNROLL for (int j = 0; j < side; j++) sum[r][first + j] = vfma(x[j], y, sum[r][first + j]);
                 }
             }
-    }
     UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 

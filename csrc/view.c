@@ -76,14 +76,14 @@ static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_oper
     return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(plan->kernels)};
 }
 
-/* From the run at `at`, which begins with key `first`, to what is read GQA_FETCH_AHEAD bytes later: in small blocks not
- * where a row's neighbours lie, which belong to another head. */
+/* From the run at `at`, which begins with key `first`, to the rows that are read GQA_FETCH_AHEAD bytes of rows later:
+ * in small blocks not where a row's neighbours lie, which belong to another head. */
 static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                const struct gqa_unit *unit, int64_t first, const char *at) {
-    if (!plan->block_table.data) return GQA_FETCH_AHEAD;
-    const int64_t bytes = gqa_max(1, plan->run_rows * operand->row);
-    const int64_t later = first + plan->run_rows * gqa_ceil_div(GQA_FETCH_AHEAD, bytes);
-    if (bytes > 4 * GQA_FETCH_AHEAD) return GQA_FETCH_AHEAD;
+                                const struct gqa_unit *unit, int64_t first, int64_t width, const char *at) {
+    const int64_t bytes = gqa_max(1, width * (int64_t)gqa_itemsize(operand->dtype));
+    const int64_t rows = gqa_ceil_div(GQA_FETCH_AHEAD, bytes);
+    if (!plan->block_table.data || plan->run_rows > 4 * rows) return (ptrdiff_t)(rows * operand->row);
+    const int64_t later = first + gqa_ceil_div(rows, plan->run_rows) * plan->run_rows;
     return later < unit->seq_k ? (ptrdiff_t)((intptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (intptr_t)at)
                                : 0;
 }
@@ -103,7 +103,7 @@ struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_o
         piece.rows = loaded(kernels, operand, run.at, 0, count, width, scratch);
     else
         piece = (struct gqa_piece){in_place(operand, run.at, 0), piece.end,
-                                   distance_ahead(plan, operand, unit, first, run.at)};
+                                   distance_ahead(plan, operand, unit, first, width, run.at)};
     return piece;
 }
 
