@@ -2,7 +2,7 @@
  * Every vocabulary file defines the same words in the same order. */
 #include "../real_f32.h"
 
-enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 8 };
+enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 12 };
 enum {
     ROW_VECTORS = 3,
     COLUMNS = 4,
