@@ -1,7 +1,7 @@
 """What caches cost: `python benchmarks/caches.py [--quick] [--only NAME] [--markdown]`.
 
-Each case times a call of one kind of cache against a peer over the same keys, interleaved in one run, and holds the
-quotient under a ceiling. The peer of the smallest step is torch, where it is installed.
+Each case times a call of one kind of cache against a peer over the same keys, or as many, interleaved in one run, and
+holds the quotient under a ceiling. The peers of other houses are torch and ggml, where they are installed.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def main() -> None:
         try:
             call, peer = case.build(np.random.default_rng(0))
         except ImportError as error:
-            print(f"\n{case.name}   skipped: {error}")
+            skipped = f"| {case.name} | – | – | – | skipped: {error} |"
+            print(skipped if args.markdown else f"\n{case.name}   skipped: {error}")
             continue
         times = round_robin({"call": call, "peer": peer}, machine.rounds(args))
         cost = median(a / b for a, b in zip(times["call"], times["peer"], strict=True))

@@ -9,14 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import subprocess
-import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from native import compiled
 from numpy.typing import NDArray
 from works import Work
 
@@ -29,15 +27,8 @@ def _library() -> ctypes.CDLL:
     home = os.environ.get("GQA_GGML")
     if not home:
         raise ImportError("GQA_GGML names no folder made by benchmarks/build_ggml.sh")
-    source = Path(__file__).with_name("ggml_attention.c")
-    with tempfile.TemporaryDirectory(prefix="gqa-bench-") as folder:
-        library = str(Path(folder, "ggml_attention.so"))
-        links = [f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-lggml", "-lggml-cpu", "-lggml-base"]
-        command = ["cc", "-O2", f"-I{home}/include", "-shared", "-fPIC", str(source), *links, "-o", library]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise ImportError(f"ggml_attention.c does not compile against {home}: {done.stderr.strip()[:200]}")
-        loaded = ctypes.CDLL(library)
+    links = [f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-lggml", "-lggml-cpu", "-lggml-base"]
+    loaded = compiled("ggml_attention.c", ["-O2", f"-I{home}/include"], links)
     sizes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_float, ctypes.c_int]
     loaded.attention_make.argtypes = [*[ctypes.c_void_p] * 3, *sizes]
     loaded.attention_make.restype = ctypes.c_void_p
@@ -49,6 +40,10 @@ def _library() -> ctypes.CDLL:
 def attention(query: Array, key: Array, value: Array, threads: int) -> Callable[[], Array]:
     """One decoding step, (B, H, 1, D) to the same in float32; keys and values of float32 are kept as Q8_0."""
     library, query = _library(), query.astype(np.float32)
+    assert key.dtype == value.dtype
+    assert key.dtype in (np.float16, np.float32)
+    assert key.shape == value.shape  # the library takes one head_dim
+    assert all(array.flags.c_contiguous for array in (query, key, value))
     batch, heads, _, head_dim = query.shape
     kv_heads, seq = key.shape[1:3]
     pointers = [array.ctypes.data for array in (query, key, value)]

@@ -41,12 +41,12 @@ class Result:
         return median(theirs / mine for mine, theirs in pairs) * ours.amount / other.amount
 
     def met(self) -> bool | None:
-        """Whether the floors are met; None if a contender they need is absent."""
+        """Whether the floors are met; None if a contender they need is absent. ggml is none of those."""
         verdicts = []
         for name, floor in self.work.floors.items():
-            ratio = self.ratio(name)
             if name == GGML and name in self.absent:
                 continue
+            ratio = self.ratio(name)
             if ratio is None:
                 return None
             verdicts.append(ratio >= floor)

@@ -10,13 +10,12 @@
 /* The rows `ahead` bytes on; rows without gaps are one. */
 BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, ptrdiff_t ahead) {
     if (step == width) width *= rows, rows = 1;
-    return (struct gqa_fetch){(const char *)((uintptr_t)row + (uintptr_t)ahead), step, rows, width, 0};
+    return (struct gqa_fetch){(uintptr_t)row + (uintptr_t)ahead, step, rows, width, 0};
 }
 
-/* The lines of `bytes` that one of several blocks asks for, `size` of `work` in each. */
-BLOCK int lines_each(int64_t bytes, int work, const int size) {
-    const int64_t lines = (bytes + 63) / 64, blocks = (work + size - 1) / size;
-    return (int)((lines + blocks - 1) / blocks);
+/* The lines that each of `blocks` asks for, so that together they ask for all. */
+BLOCK int lines_each(int64_t lines, int64_t blocks, ptrdiff_t ahead) {
+    return ahead == 0 || blocks == 0 ? 0 : (int)((lines + blocks - 1) / blocks);
 }
 
 /* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
@@ -62,8 +61,10 @@ BLOCK void careful_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t
 /* Both forms go by the same pieces, so that a masked NaN changes no bit of a row that masks it. */
 BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_stride, const enum gqa_dtype dtype,
                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead, const bool careful) {
+    enum { BLOCK_REALS = FEW_VECTORS * FEW_COLUMNS * LANES };
     const ptrdiff_t step = a_stride * size_of(dtype), width = lanes * size_of(dtype);
-    const int lines = lines_each(GQA_FEW_PIECE * width, n * lanes, FEW_VECTORS * FEW_COLUMNS * LANES);
+    const int64_t blocks = ((int64_t)n * lanes + BLOCK_REALS - 1) / BLOCK_REALS;
+    const int lines = lines_each(GQA_FEW_PIECE * ((width + 63) / 64), blocks, ahead);
     for (int t = 0, some; t < count; t += some, a += some * step, b += some) {
         some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
         struct gqa_fetch next = rows_ahead(a, step, some, width, ahead);
@@ -130,10 +131,13 @@ BLOCK void nearest_keys(const char *k[DOT_KEYS], const char *first, ptrdiff_t st
     for (int i = 0; i < DOT_KEYS; i++) k[i] = first + (j + i < keys ? j + i : keys - 1) * step;
 }
 
+/* Up to OWN_ALONE rows of reals, or NARROW_ALONE of others, take keys one by one: so few are bound by memory alone. */
 BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, const char *first, ptrdiff_t step,
                     const enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
-    const int64_t width = head_dim * size_of(dtype);
-    const int lines = lines_each(width, rows, DOT_ROWS);
+    const ptrdiff_t width = head_dim * size_of(dtype);
+    const int alone = dtype == OWN ? OWN_ALONE : NARROW_ALONE;
+    const int blocks = rows / DOT_ROWS + __builtin_popcount((unsigned)(rows % DOT_ROWS));
+    const int lines = lines_each((width + 63) / 64, blocks, ahead);
     struct gqa_fetch next = rows_ahead(first, step, keys, width, ahead);
     for (int j = 0; j < keys; j += DOT_KEYS) {
         const char *k[DOT_KEYS];
@@ -143,7 +147,7 @@ BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, cons
         int left = rows;
         UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
             for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride) {
-                if (rows > (dtype == OWN ? OWN_ALONE : NARROW_ALONE))
+                if (rows > alone)
                     dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, &next, lines);
                 else
                     dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, &next, lines);

@@ -22,10 +22,10 @@ enum {
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
 };
 
-/* Rows that will be read soon.  While `outer` is bound by arithmetic, it brings them nearer, a few lines at a time:
- * they are read in bursts, or in an order that no prefetcher follows. */
+/* Rows that will be read soon.  Products bring them nearer, a few lines at a time: they are read in bursts, or in an
+ * order that no prefetcher follows. */
 struct gqa_fetch {
-    const char *row; /* the next of `rows` rows, `step` bytes apart */
+    uintptr_t row; /* address of the next of `rows` rows, `step` bytes apart: there need be no array */
     ptrdiff_t step;
     int64_t rows, width, at; /* bytes of a row, and where in it the next line is */
 };
@@ -57,8 +57,8 @@ struct gqa_kernels {
     /* Few rows read keys and values in place, in the type that they have: see gqa_streams. */
     gqa_outer_few *outer_few, *outer_few_careful;
 
-    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4.  ahead: bytes from a row to what is read a
-     * while later, usually GQA_FETCH_AHEAD; it need not be there. */
+    /* s[r][j] = q[r] . k[j]; writes keys up to the next multiple of 4.  ahead: bytes from a row to the one that
+     * is read about GQA_FETCH_AHEAD bytes of rows later, which need not be there; 0: nothing is fetched. */
     void (*dot)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
                 const void *q,                               /* (rows, head_dim), row stride q_stride, zero-padded */
                 ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim) of dtype, row stride k_stride */

@@ -35,7 +35,7 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 /* ---- outer: rank-1 updates ---- */
 
 enum {
-    CHAINS = 8, /* sums in a block, at least: two products a cycle, each done four cycles later */
+    CHAINS = 8, /* sums in a block, where columns last: two products a cycle, each done four cycles later */
     MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS,
     MOST_COLUMNS = COLUMNS > (int)CHAINS ? COLUMNS : (int)CHAINS,
 };
@@ -47,9 +47,10 @@ enum { FETCH_LINES = 8, FETCH_EVERY = 16 };
 BLOCK void fetch_lines(struct gqa_fetch *next, int64_t lines) {
     while (lines > 0 && next->rows > 0) {
         const int64_t left = (next->width - next->at + 63) / 64, some = lines < left ? lines : left;
-        for (int64_t i = 0; i < some; i++) __builtin_prefetch(next->row + next->at + 64 * i, 0, 2);
+        const uintptr_t at = next->row + (uintptr_t)next->at;
+        for (int64_t i = 0; i < some; i++) __builtin_prefetch((const void *)(at + 64 * (uintptr_t)i), 0, 2);
         lines -= some, next->at += 64 * some;
-        if (some == left) next->at = 0, next->row += next->step, next->rows--;
+        if (some == left) next->at = 0, next->row += (uintptr_t)next->step, next->rows--;
     }
 }
 
@@ -143,7 +144,7 @@ static void outer_careful(void *c_, const void *scale_, const void *a_, int lane
 #ifdef PAIRS
 #include "pairs_tmpl.h"
 #endif
-#include "soften_tmpl.h"
+#include "soften_tmpl.h" /* with what makes one number of a vector */
 
 /* ---- join, blend, divide: putting parts together ---- */
 

@@ -189,7 +189,8 @@ void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, i
 
 static struct gqa_form shape_tile(const struct gqa_plan *plan, bool few) {
     const struct gqa_kernels *kernels = plan->kernels;
-    struct gqa_form form = {.few = few, .tile_rows = few ? kernels->few_rows : kernels->row_tile};
+    struct gqa_form form = {.few = few, .tile_rows = kernels->row_tile};
+    if (few) form.tile_rows = gqa_max(1, gqa_min(plan->rows, kernels->few_rows));
     form.o_rows = (int)(few ? form.tile_rows : gqa_round_up(plan->v_dim, kernels->lanes)); /* to be turned */
     form.o_lanes = few ? (int)gqa_round_up(plan->v_dim, kernels->lanes) : kernels->row_tile;
     form.stats = (int)gqa_round_up(form.tile_rows, kernels->lanes);
@@ -203,9 +204,9 @@ static const struct gqa_form *form_for(const struct gqa_plan *plan, int64_t rows
 }
 
 static void shape_tiles(struct gqa_plan *plan) {
+    plan->rows = plan->seq_q * plan->group;
     plan->lanes = shape_tile(plan, false);
     plan->few = shape_tile(plan, true);
-    plan->rows = plan->seq_q * plan->group;
     plan->form = form_for(plan, plan->rows);
     plan->tiles = gqa_ceil_div(plan->rows, plan->form->tile_rows);
 }

@@ -10,7 +10,7 @@ enum {
     FEW_COLUMNS = 1,
     DOT_ROWS = 2
 }; /* blocks that fit the registers */
-enum { OWN_ALONE = 2, NARROW_ALONE = 0 }; /* rows whose keys come one by one: see dot_keys */
+enum { OWN_ALONE = 2, NARROW_ALONE = 0 }; /* rows that take keys one by one: see dot_keys */
 
 typedef __m256 vec;
 typedef __m256 mask;

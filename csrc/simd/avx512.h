@@ -10,7 +10,7 @@ enum {
     FEW_COLUMNS = 2,
     DOT_ROWS = 4
 }; /* blocks that fit the registers */
-enum { OWN_ALONE = 8, NARROW_ALONE = 2 }; /* rows whose keys come one by one: see dot_keys */
+enum { OWN_ALONE = 8, NARROW_ALONE = 2 }; /* rows that take keys one by one: see dot_keys */
 
 typedef __m512 vec;
 typedef __mmask16 mask;

@@ -34,11 +34,12 @@ static double outer_element(const struct product *p, int i, int lane, double *si
 static void multiply(const struct product *p, void *c) {
     gqa_outer *many = p->form == MANY ? kernels->outer : kernels->outer_careful;
     gqa_outer_few *few = p->form == FEW ? kernels->outer_few : kernels->outer_few_careful;
-    struct gqa_fetch next = {(const char *)64, 4096, p->n % 2 ? 1000 : 0, 100, 0}; /* need not be there */
+    struct gqa_fetch next = {64, 4096, p->n % 2 ? 1000 : 0, 100, 0}; /* need not be there */
     if (p->form == MANY || p->form == CAREFUL)
         many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count, p->n % 3 ? &next : NULL);
     else
-        few(c, p->c_stride, p->a, p->a_stride, gqa_own_dtype(kernels), p->lanes, p->b, p->b_n, p->n, p->count, 0);
+        few(c, p->c_stride, p->a, p->a_stride, gqa_own_dtype(kernels), p->lanes, p->b, p->b_n, p->n, p->count,
+            GQA_FETCH_AHEAD);
 }
 
 static void check_outer(const struct product *p) {
@@ -97,6 +98,7 @@ static void test_outer(void) {
                 test_outer_of(CAREFUL_FEW, n, lanes, count, kind, true, true);
                 test_outer_of(CAREFUL, n, lanes, count, kind, (j + k) % 2, (i + k) % 2);
             }
+    for (int i = 0; i < COUNT(few_sizes); i++) test_outer_of(FEW, few_sizes[i], 0, 17, RANDOM, true, true);
 }
 
 /* ---- dot ---- */
@@ -107,7 +109,7 @@ static void test_dot_of(int rows, int keys, int head_dim, enum kind kind) {
     void *s = reals(rows * GQA_KEY_TILE, 7e7);
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < head_dim; t++) put(q, r * q_stride + t, value_of(kind == DENORMAL ? RANDOM : kind));
-    kernels->dot(s, q, q_stride, rows, k, k_stride, gqa_own_dtype(kernels), keys, head_dim, 0);
+    kernels->dot(s, q, q_stride, rows, k, k_stride, gqa_own_dtype(kernels), keys, head_dim, GQA_FETCH_AHEAD);
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < GQA_KEY_TILE; j++) {
             if (j >= keys && j < (keys + 3) / 4 * 4) continue; /* anything may stand there */

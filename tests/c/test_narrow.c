@@ -50,7 +50,7 @@ static void test_dot_of(enum gqa_dtype dtype, int rows, int keys, int head_dim, 
     void *q = reals(rows * q_stride, 0), *got = reals(room, 0), *wanted = reals(room, 0);
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < head_dim; t++) put(q, r * q_stride + t, value_of(RANDOM));
-    kernels->dot(got, q, q_stride, rows, k.data, k.stride, dtype, keys, head_dim, 0);
+    kernels->dot(got, q, q_stride, rows, k.data, k.stride, dtype, keys, head_dim, -GQA_FETCH_AHEAD);
     kernels->dot(wanted, q, q_stride, rows, k.reals, k.stride, gqa_own_dtype(kernels), keys, head_dim, 0);
     for (int r = 0; r < rows; r++) {
         const size_t at = (size_t)r * GQA_KEY_TILE * kernels->real_size;
@@ -67,7 +67,7 @@ static void test_outer_of(gqa_outer_few *outer, enum gqa_dtype dtype, int n, int
     struct rows a = draw_rows(dtype, count, lanes, kind);
     void *b = drawn(n * count, WITH_ZEROS), *got = drawn(room, RANDOM), *wanted = copy_of(got, room);
     outer(wanted, c_stride, a.reals, a.stride, gqa_own_dtype(kernels), lanes, b, count, n, count, 0);
-    outer(got, c_stride, a.data, a.stride, dtype, lanes, b, count, n, first, 0);
+    outer(got, c_stride, a.data, a.stride, dtype, lanes, b, count, n, first, GQA_FETCH_AHEAD);
     outer(got, c_stride, a.data + first * a.stride * bytes_of(dtype), a.stride, dtype, lanes,
           (char *)b + (size_t)first * kernels->real_size, count, n, count - first, 0);
     for (int i = 0; i < n; i++) {
