@@ -89,7 +89,7 @@ def _half_prefill(dtype: str) -> Work:
 def _half_decode(
     dtype: str, shape: str, seq_k: int, num_heads: int, floors: dict[str, float], num_kv_heads: int = 8
 ) -> Work:
-    contenders = (OURS, TORCH, READ) if dtype == "bfloat16" else (OURS, TORCH, ORT, GGML, READ)  # as to their dtypes
+    contenders = (OURS, TORCH, READ) if dtype == "bfloat16" else (OURS, TORCH, ORT, GGML, READ)  # float16 only
     return Work(
         f"{dtype} decode {shape}, D=128", 1, seq_k, num_heads, num_kv_heads, dtype=dtype, unit="B",
         contenders=contenders, floors=floors,

@@ -7,17 +7,6 @@
 
 /* ---- outer_few: rows of values, weighted ---- */
 
-/* The rows `ahead` bytes on; rows without gaps are one. */
-BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, ptrdiff_t ahead) {
-    if (step == width) width *= rows, rows = 1;
-    return (struct gqa_fetch){(uintptr_t)row + (uintptr_t)ahead, step, rows, width, 0};
-}
-
-/* The lines that each of `blocks` asks for, so that together they ask for all. */
-BLOCK int lines_each(int64_t lines, int64_t blocks, ptrdiff_t ahead) {
-    return ahead == 0 || blocks == 0 ? 0 : (int)((lines + blocks - 1) / blocks);
-}
-
 /* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
  * whole before the next, which is how memory streams.  With each strip come some lines of the rows ahead. */
 BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,

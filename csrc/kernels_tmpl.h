@@ -32,13 +32,7 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 
 #include "load_tmpl.h"
 
-/* ---- outer: rank-1 updates ---- */
-
-enum {
-    CHAINS = 8, /* sums in a block, where columns last: two products a cycle, each done four cycles later */
-    MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS,
-    MOST_COLUMNS = COLUMNS > (int)CHAINS ? COLUMNS : (int)CHAINS,
-};
+/* ---- rows to come ---- */
 
 /* Lines of 64 bytes, and products: about what a core reads from memory in the meantime. */
 enum { FETCH_LINES = 8, FETCH_EVERY = 16 };
@@ -53,6 +47,26 @@ BLOCK void fetch_lines(struct gqa_fetch *next, int64_t lines) {
         if (some == left) next->at = 0, next->row += (uintptr_t)next->step, next->rows--;
     }
 }
+
+/* The rows `ahead` bytes on; rows without gaps are one. */
+BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, ptrdiff_t ahead) {
+    if (step == width) width *= rows, rows = 1;
+    return (struct gqa_fetch){(uintptr_t)row + (uintptr_t)ahead, step, rows, width, 0};
+}
+
+/* The lines that each of `blocks` asks for, so that together they ask for all; none where nothing is ahead (a cursor
+ * without rows would say the same, and costs one row of floats 15 %). */
+BLOCK int lines_each(int64_t lines, int64_t blocks, ptrdiff_t ahead) {
+    return ahead == 0 || blocks == 0 ? 0 : (int)((lines + blocks - 1) / blocks);
+}
+
+/* ---- outer: rank-1 updates ---- */
+
+enum {
+    CHAINS = 8, /* sums in a block, where columns last: two products a cycle, each done four cycles later */
+    MOST_VECTORS = FEW_VECTORS > ROW_VECTORS ? FEW_VECTORS : ROW_VECTORS,
+    MOST_COLUMNS = COLUMNS > (int)CHAINS ? COLUMNS : (int)CHAINS,
+};
 
 /* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.  `adds` (to c) goes
  * without scale.  The sums are this function's own: handed to another one, though inlined, gcc 12 keeps them in

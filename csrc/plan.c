@@ -200,7 +200,7 @@ static struct gqa_form shape_tile(const struct gqa_plan *plan, bool few) {
 }
 
 static const struct gqa_form *form_for(const struct gqa_plan *plan, int64_t rows) {
-    return rows <= plan->few.tile_rows ? &plan->few : &plan->lanes;
+    return rows <= plan->kernels->few_rows ? &plan->few : &plan->lanes;
 }
 
 static void shape_tiles(struct gqa_plan *plan) {

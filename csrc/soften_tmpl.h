@@ -30,31 +30,35 @@ BLOCK vec finished(vec s, const real *bias, vec j, const struct finish *f) {
 /* The maximum to subtract: 0 for a row that has only -inf, so that its weights are exp(-inf) = 0. */
 BLOCK vec shift_of(vec m) { return vselect(veq(m, vset(-INFINITY)), vset(0), m); }
 
-static vec finish_lanes(real *s, const real *bias, const struct finish *f, int keys, vec m) {
-    for (int j = 0; j < keys; j++) {
-        const vec x = finished(vload(s + j * ROW_TILE), bias ? bias + j * ROW_TILE : NULL, vset((real)j), f);
-        vstore(s + j * ROW_TILE, x);
+/* What is done to `count` vectors of scores `stride` reals apart: a lane's keys one after another, or a row's. */
+
+/* Keys stand at `at` in the first vector, and `step` further in each one after it. */
+BLOCK vec finish(real *s, const real *bias, const ptrdiff_t stride, int count, vec at, const vec step,
+                 const struct finish *f, vec m) {
+    for (int i = 0; i < count; i++, at = vadd(at, step)) {
+        const vec x = finished(vload(s + i * stride), bias ? bias + i * stride : NULL, at, f);
+        vstore(s + i * stride, x);
         m = vmax(x, m); /* in this order NaN is left to the sum */
     }
     return m;
 }
 
 /* Several maxima side by side: one alone would wait for itself. */
-static vec highest_lanes(const real *s, int keys, vec m) {
+BLOCK vec highest(const real *s, const ptrdiff_t stride, int count, vec m) {
     enum { SIDE = 4 };
     vec top[SIDE] = {m, m, m, m};
-    int j = 0;
-    for (; keys - j >= SIDE; j += SIDE)
-        UNROLL for (int i = 0; i < SIDE; i++) top[i] = vmax(vload(s + (j + i) * ROW_TILE), top[i]);
-    for (; j < keys; j++) m = vmax(vload(s + j * ROW_TILE), m);
+    int i = 0;
+    for (; count - i >= SIDE; i += SIDE)
+        UNROLL for (int n = 0; n < SIDE; n++) top[n] = vmax(vload(s + (i + n) * stride), top[n]);
+    for (; i < count; i++) m = vmax(vload(s + i * stride), m);
     return vmax(m, vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 }
 
-static vec weigh_lanes(real *s, int keys, vec shift) {
+BLOCK vec weigh(real *s, const ptrdiff_t stride, int count, vec shift) {
     vec sum = vset(0);
-    for (int j = 0; j < keys; j++) {
-        const vec p = vexp(vsub(vload(s + j * ROW_TILE), shift));
-        vstore(s + j * ROW_TILE, p);
+    for (int i = 0; i < count; i++) {
+        const vec p = vexp(vsub(vload(s + i * stride), shift));
+        vstore(s + i * stride, p);
         sum = vadd(sum, p);
     }
     return sum;
@@ -68,9 +72,10 @@ static void soften_lanes(void *s_, const void *bias_, const void *lo_, const voi
         const vec old = vload(m);
         const struct finish f =
             finish_of(softcap, lo ? vload(lo + lane) : vset(0), lo ? vload(hi + lane) : vset(GQA_KEY_TILE));
-        const vec top = lo || bias || f.capped ? finish_lanes(s, bias ? bias + lane : NULL, &f, keys, old)
-                                               : highest_lanes(s, keys, old);
-        const vec shift = shift_of(top), fade = vexp(vsub(old, shift)), sum = weigh_lanes(s, keys, shift);
+        const vec top = lo || bias || f.capped
+                            ? finish(s, bias ? bias + lane : NULL, ROW_TILE, keys, vset(0), vset(1), &f, old)
+                            : highest(s, ROW_TILE, keys, old);
+        const vec shift = shift_of(top), fade = vexp(vsub(old, shift)), sum = weigh(s, ROW_TILE, keys, shift);
         vstore(m, top);
         vstore(l, vfma(vload(l), fade, sum));
         vstore((real *)alpha_ + lane, fade);
@@ -97,32 +102,9 @@ static real total(vec x) {
     return sums[0];
 }
 
-static vec finish_row(real *s, const real *bias, const struct finish *f, int keys, vec m) {
-    for (int j = 0; j < keys; j += LANES) {
-        const vec x = finished(vload(s + j), bias ? bias + j : NULL, vadd(vset((real)j), viota()), f);
-        vstore(s + j, x);
-        m = vmax(x, m);
-    }
-    return m;
-}
-
-static vec highest_row(const real *s, int keys, vec m) {
-    for (int j = 0; j < keys; j += LANES) m = vmax(vload(s + j), m);
-    return m;
-}
-
-static vec weigh_row(real *s, int keys, vec shift) {
-    vec sum = vset(0);
-    for (int j = 0; j < keys; j += LANES) {
-        const vec p = vexp(vsub(vload(s + j), shift));
-        vstore(s + j, p);
-        sum = vadd(sum, p);
-    }
-    return sum;
-}
-
 static void soften_rows(void *s_, const void *bias_, const void *lo, const void *hi, int rows, int keys, double softcap,
                         void *m_, void *l_, void *alpha) {
+    const int count = (keys + LANES - 1) / LANES;
     for (int r = 0; r < rows; r++) {
         real *s = (real *)s_ + r * GQA_KEY_TILE, *m = (real *)m_ + r, *l = (real *)l_ + r;
         const real *bias = bias_ ? (const real *)bias_ + r * GQA_KEY_TILE : NULL;
@@ -130,8 +112,9 @@ static void soften_rows(void *s_, const void *bias_, const void *lo, const void 
             finish_of(softcap, vset(lo ? ((const real *)lo)[r] : 0), vset(hi ? ((const real *)hi)[r] : (real)keys));
         const vec old = vset(*m);
         const bool plain = !lo && !bias && !f.capped && keys % LANES == 0;
-        const vec top = vset(largest(plain ? highest_row(s, keys, old) : finish_row(s, bias, &f, keys, old)));
-        const vec shift = shift_of(top), sum = weigh_row(s, keys, shift);
+        const vec top = vset(largest(plain ? highest(s, LANES, count, old)
+                                           : finish(s, bias, LANES, count, viota(), vset(LANES), &f, old)));
+        const vec shift = shift_of(top), sum = weigh(s, LANES, count, shift);
         const real fade = first_of(vexp(vsub(old, shift)));
         *m = first_of(top);
         *l = *l * fade + total(sum);

@@ -273,7 +273,7 @@ class KVCache:
     def reset(self) -> None:
         """Empty the cache, and thaw it."""
         self._frozen = False
-        self._oldest = np.zeros(self.batch, np.int64)
+        self._oldest = np.zeros(self.batch, np.int64)  # the lengths as well: neither is written to
         self._set_lengths(self._oldest, 0)
 
     def reorder(self, index: ArrayLike) -> None:
@@ -312,7 +312,7 @@ class KVCache:
         return [array for array in self._arrays_or_none() if array is not None]
 
     def _set_lengths(self, lengths: Array, longest: int | None = None) -> None:
-        """A new array each time: C may be reading the old one."""
+        """A new array each time: C may be reading the old one. `longest` is the largest, where that is known."""
         self._lengths = lengths
         self._longest = longest if longest is not None else max(lengths.tolist(), default=0)
         self._cached = Cached(*self._arrays_or_none(), None, lengths, self._longest)
@@ -322,7 +322,7 @@ class KVCache:
         return self.window is not None and self.window <= self.capacity
 
     def _explain_full(self, call: str, after: Array) -> NoReturn:
-        """Nobody gets longer than the capacity."""
+        """Says whose length would be more than the capacity."""
         b = int(np.argmax(after))
         came = f"the cache is full: sequence {b} has length {self._lengths[b]} of capacity {self.capacity}"
         wanted = f"room for {after[b] - self._lengths[b]} more was wanted, {after[b]} in all"

@@ -2,7 +2,7 @@
  * Every vocabulary file defines the same words in the same order. */
 #include "../real_f32.h"
 
-enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 12 };
+enum { LANES = 8, ROW_TILE = 24, FEW_ROWS = 12 }; /* 9 to 12 rows would fill 16 lanes */
 enum {
     ROW_VECTORS = 3,
     COLUMNS = 4,
