@@ -8,17 +8,15 @@
 /* ---- outer_few: rows of values, weighted ---- */
 
 /* A few rows of c, all their lanes, in strips as wide as registers allow: a row of a is read
- * whole before the next, which is how memory streams.  With each strip come some lines of the rows ahead. */
+ * whole before the next, which is how memory streams. */
 BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
                       int lanes, const real *b, ptrdiff_t b_n, const int widest, const int columns, int count,
-                      struct gqa_fetch *next, int lines) {
+                      struct gqa_fetch *next) {
     int lane = 0;
     UNROLL for (int vectors = widest; vectors > 0; vectors /= 2)
-        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES) {
-            fetch_lines(next, lines);
+        for (; lanes - lane >= vectors * LANES; lane += vectors * LANES)
             outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, vectors, 0, b, b_n,
-                        1, columns, count, NULL);
-        }
+                        1, columns, count, next);
     if (lane < lanes)
         outer_block(c + lane, c_stride, NULL, true, a + lane * size_of(dtype), a_step, dtype, 1, lanes - lane, b, b_n,
                     1, columns, count, NULL);
@@ -26,14 +24,13 @@ BLOCK void few_strips(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
 
 /* Narrow rows go twice as many columns wide in strips of half the width: each is widened for twice as many products. */
 BLOCK void few_columns(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_step, const enum gqa_dtype dtype,
-                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, struct gqa_fetch *next, int lines) {
+                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, struct gqa_fetch *next) {
     if (dtype != OWN)
         for (; n >= 2 * FEW_COLUMNS; n -= 2 * FEW_COLUMNS, c += 2 * FEW_COLUMNS * c_stride, b += 2 * FEW_COLUMNS * b_n)
-            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS / 2, 2 * FEW_COLUMNS, count, next,
-                       lines);
+            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS / 2, 2 * FEW_COLUMNS, count, next);
     UNROLL for (int columns = FEW_COLUMNS; columns > 0; columns /= 2)
         for (; n >= columns; n -= columns, c += columns * c_stride, b += columns * b_n)
-            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, next, lines);
+            few_strips(c, c_stride, a, a_step, dtype, lanes, b, b_n, FEW_VECTORS, columns, count, next);
 }
 
 /* The same, without what has a factor 0. */
@@ -52,15 +49,14 @@ BLOCK void few_pieces(real *c, ptrdiff_t c_stride, const char *a, ptrdiff_t a_st
                       int lanes, const real *b, ptrdiff_t b_n, int n, int count, ptrdiff_t ahead, const bool careful) {
     enum { BLOCK_REALS = FEW_VECTORS * FEW_COLUMNS * LANES };
     const ptrdiff_t step = a_stride * size_of(dtype), width = lanes * size_of(dtype);
-    const int64_t blocks = ((int64_t)n * lanes + BLOCK_REALS - 1) / BLOCK_REALS;
-    const int lines = lines_each(GQA_FEW_PIECE * ((width + 63) / 64), blocks, ahead);
+    const int blocks = (int)(((int64_t)n * lanes + BLOCK_REALS - 1) / BLOCK_REALS);
     for (int t = 0, some; t < count; t += some, a += some * step, b += some) {
         some = count - t < GQA_FEW_PIECE ? count - t : GQA_FEW_PIECE;
-        struct gqa_fetch next = rows_ahead(a, step, some, width, ahead);
+        struct gqa_fetch next = rows_ahead(a, step, some, width, blocks, ahead);
         if (careful)
             careful_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some);
         else
-            few_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some, &next, lines);
+            few_columns(c, c_stride, a, step, dtype, lanes, b, b_n, n, some, &next);
     }
 }
 
@@ -93,15 +89,15 @@ static void outer_few_careful(void *c, ptrdiff_t c_stride, const void *a, ptrdif
 enum { DOT_KEYS = 4 }; /* what vstore_sums takes */
 
 /* `side` keys at a time, 1: memory is read in one ascending stream; DOT_KEYS: a vector of q is loaded once for several
- * products, and sums do not wait for one another.  With each block come some `lines` of each key ahead. */
+ * products, and sums do not wait for one another. */
 BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows, const char *const k[DOT_KEYS],
-                     const enum gqa_dtype dtype, int head_dim, const int side, struct gqa_fetch *next, int lines) {
+                     const enum gqa_dtype dtype, int head_dim, const int side, struct gqa_fetch *next) {
     const int whole = head_dim - head_dim % LANES;
     vec sum[DOT_ROWS][DOT_KEYS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
-    fetch_lines(next, DOT_KEYS * lines);
-    UNROLL for (int first = 0; first < DOT_KEYS; first += side)
+    UNROLL for (int first = 0; first < DOT_KEYS; first += side) {
+        for (int j = 0; j < side; j++) fetch_lines(next);
         UNROLL for (int rest = 0; rest < 2; rest++) /* whole vectors, then the last lanes */
             for (int t = rest ? whole : 0; t < (rest ? head_dim : whole); t += LANES) {
                 vec x[DOT_KEYS];
@@ -112,8 +108,12 @@ BLOCK void dot_block(real *s, const real *q, ptrdiff_t q_stride, const int rows,
                     UNROLL for (int j = 0; j < side; j++) sum[r][first + j] = vfma(x[j], y, sum[r][first + j]);
                 }
             }
+    }
     UNROLL for (int r = 0; r < rows; r++) vstore_sums(s + r * GQA_KEY_TILE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
+
+/* How many blocks read each key: of DOT_ROWS rows, then of half as many. */
+BLOCK int dot_blocks(int rows) { return rows / DOT_ROWS + __builtin_popcount((unsigned)(rows % DOT_ROWS)); }
 
 /* The keys from j on; past the last key the last again, for scores that nobody reads. */
 BLOCK void nearest_keys(const char *k[DOT_KEYS], const char *first, ptrdiff_t step, int j, int keys) {
@@ -125,9 +125,7 @@ BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, cons
                     const enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead) {
     const ptrdiff_t width = head_dim * size_of(dtype);
     const int alone = dtype == OWN ? OWN_ALONE : NARROW_ALONE;
-    const int blocks = rows / DOT_ROWS + __builtin_popcount((unsigned)(rows % DOT_ROWS));
-    const int lines = lines_each((width + 63) / 64, blocks, ahead);
-    struct gqa_fetch next = rows_ahead(first, step, keys, width, ahead);
+    struct gqa_fetch next = rows_ahead(first, step, keys, width, dot_blocks(rows), ahead);
     for (int j = 0; j < keys; j += DOT_KEYS) {
         const char *k[DOT_KEYS];
         nearest_keys(k, first, step, j, keys);
@@ -137,9 +135,9 @@ BLOCK void dot_keys(real *s_, const real *q_, ptrdiff_t q_stride, int rows, cons
         UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
             for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride) {
                 if (rows > alone)
-                    dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, &next, lines);
+                    dot_block(s, q, q_stride, block, k, dtype, head_dim, DOT_KEYS, &next);
                 else
-                    dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, &next, lines);
+                    dot_block(s, q, q_stride, block, k, dtype, head_dim, 1, &next);
             }
     }
 }

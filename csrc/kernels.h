@@ -20,6 +20,7 @@ enum {
     GQA_KEY_TILE = 128,     /* keys that share one score tile */
     GQA_FEW_PIECE = 16,     /* keys that outer_few sums before it adds to c: calls cut there change no bit */
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
+    GQA_FETCH_LINES = 8,    /* about what a core reads from memory during 16 rounds of products of many rows */
 };
 
 /* Rows that will be read soon.  Products bring them nearer, a few lines at a time: they are read in bursts, or in an
@@ -28,7 +29,14 @@ struct gqa_fetch {
     uintptr_t row; /* address of the next of `rows` rows, `step` bytes apart: there need be no array */
     ptrdiff_t step;
     int64_t rows, width, at; /* bytes of a row, and where in it the next line is */
+    int lines;               /* of 64 bytes, that are asked for at a time */
 };
+
+/* Rows without gaps are one. */
+static inline struct gqa_fetch gqa_rows_to_come(uintptr_t row, ptrdiff_t step, int64_t rows, int64_t width, int lines) {
+    const bool joined = step == width;
+    return (struct gqa_fetch){row, step, joined ? rows > 0 : rows, joined ? rows * width : width, 0, lines};
+}
 
 /* c[n][lane] = sum over t of a[t][lane] * b[n, t], plus c[n][lane] * scale[lane] unless scale is NULL.
  * a, c and scale are padded to whole vectors. */

@@ -34,30 +34,19 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 
 /* ---- rows to come ---- */
 
-/* Lines of 64 bytes, and products: about what a core reads from memory in the meantime. */
-enum { FETCH_LINES = 8, FETCH_EVERY = 16 };
-
-/* In the order in which they lie: asked for in the order in which blocks take them, they come a third slower. */
-BLOCK void fetch_lines(struct gqa_fetch *next, int64_t lines) {
-    while (lines > 0 && next->rows > 0) {
-        const int64_t left = (next->width - next->at + 63) / 64, some = lines < left ? lines : left;
-        const uintptr_t at = next->row + (uintptr_t)next->at;
-        for (int64_t i = 0; i < some; i++) __builtin_prefetch((const void *)(at + 64 * (uintptr_t)i), 0, 2);
-        lines -= some, next->at += 64 * some;
-        if (some == left) next->at = 0, next->row += (uintptr_t)next->step, next->rows--;
-    }
+/* The next lines, of one row at most.  In the order in which they lie: asked for in the order in which blocks take them,
+ * they come a third slower.  Few at a time: a burst of 32 stops the products until memory has answered. */
+BLOCK void fetch_lines(struct gqa_fetch *next) {
+    const int64_t end = next->at + 64 * next->lines < next->width ? next->at + 64 * next->lines : next->width;
+    for (; next->at < end; next->at += 64) __builtin_prefetch((const void *)(next->row + (uintptr_t)next->at), 0, 2);
+    if (next->at >= next->width) next->at = 0, next->row += (uintptr_t)next->step, next->rows--;
 }
 
-/* The rows `ahead` bytes on; rows without gaps are one. */
-BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, ptrdiff_t ahead) {
-    if (step == width) width *= rows, rows = 1;
-    return (struct gqa_fetch){(uintptr_t)row + (uintptr_t)ahead, step, rows, width, 0};
-}
-
-/* The lines that each of `blocks` asks for, so that together they ask for all; none where nothing is ahead (a cursor
- * without rows would say the same, and costs one row of floats 15 %). */
-BLOCK int lines_each(int64_t lines, int64_t blocks, ptrdiff_t ahead) {
-    return ahead == 0 || blocks == 0 ? 0 : (int)((lines + blocks - 1) / blocks);
+/* The rows `ahead` bytes on, none where that is 0.  Each row is read by `blocks`: each asks for its share of the lines. */
+BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, int blocks,
+                                  ptrdiff_t ahead) {
+    const int lines = ahead && blocks ? (int)((width + 63) / 64 + blocks - 1) / blocks : 0;
+    return gqa_rows_to_come((uintptr_t)row + (uintptr_t)ahead, step, lines ? rows : 0, width, lines);
 }
 
 /* ---- outer: rank-1 updates ---- */
@@ -70,27 +59,26 @@ enum {
 
 /* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.  `adds` (to c) goes
  * without scale.  The sums are this function's own: handed to another one, though inlined, gcc 12 keeps them in
- * memory (30 % slower). */
+ * memory (30 % slower).  Few rows, which add, bring rows ahead nearer with every product, many with every 16th. */
 BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const bool adds, const char *a, ptrdiff_t a_step,
                        const enum gqa_dtype dtype, const int vectors, const int rest, const real *b, ptrdiff_t b_n,
                        ptrdiff_t b_t, const int columns, int count, struct gqa_fetch *next) {
     vec sum[MOST_COLUMNS][MOST_VECTORS];
     UNROLL for (int n = 0; n < columns; n++)
         UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vset(0);
-    for (ptrdiff_t t = 0, end; t < count; t = end) {
-        const bool fetching = next && next->rows > 0;
-        end = fetching && count - t > FETCH_EVERY ? t + FETCH_EVERY : count;
-        if (fetching) fetch_lines(next, FETCH_LINES);
-        for (; t < end; t++) {
-            vec x[MOST_VECTORS];
-            UNROLL for (int v = 0; v < vectors; v++)
-                x[v] = rest ? row_rest(a + t * a_step, 0, rest, dtype) : row_vec(a + t * a_step, v * LANES, dtype);
-            UNROLL for (int n = 0; n < columns; n++) {
-                const vec y = vset(b[n * b_n + t * b_t]);
-                UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
-            }
+    struct gqa_fetch later = next ? *next : (struct gqa_fetch){0}; /* in registers */
+    const bool fetching = later.rows > 0;
+    for (ptrdiff_t t = 0; t < count; t++) {
+        if (fetching && (adds || t % 16 == 0)) fetch_lines(&later);
+        vec x[MOST_VECTORS];
+        UNROLL for (int v = 0; v < vectors; v++)
+            x[v] = rest ? row_rest(a + t * a_step, 0, rest, dtype) : row_vec(a + t * a_step, v * LANES, dtype);
+        UNROLL for (int n = 0; n < columns; n++) {
+            const vec y = vset(b[n * b_n + t * b_t]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[n][v] = vfma(x[v], y, sum[n][v]);
         }
     }
+    if (next) *next = later;
     UNROLL for (int n = 0; n < columns; n++)
         UNROLL for (int v = 0; v < vectors; v++) {
             real *to = c + n * c_stride + v * LANES;

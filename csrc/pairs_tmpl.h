@@ -42,16 +42,16 @@ static void outer_pairs(void *c_, double scale, const void *a_, int lanes, const
 
 /* DOT_KEYS keys at a time; head_dim counts numbers, of which the last vector may hold a part. */
 BLOCK void dot_pairs_block(real *s, const uint16_t *q, ptrdiff_t q_stride, const int rows,
-                           const char *const k[DOT_KEYS], int head_dim, vec scale, ptrdiff_t ahead) {
+                           const char *const k[DOT_KEYS], int head_dim, vec scale, struct gqa_fetch *next) {
     vec sum[DOT_ROWS][DOT_KEYS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < DOT_KEYS; j++) sum[r][j] = vset(0);
+    for (int j = 0; j < DOT_KEYS; j++) fetch_lines(next);
     for (int t = 0; t < head_dim; t += 2 * LANES) {
         pairs x[DOT_KEYS];
         UNROLL for (int j = 0; j < DOT_KEYS; j++) {
             const char *at = k[j] + 2 * t;
             x[j] = head_dim - t < 2 * LANES ? vload_pairs_n(at, (head_dim - t) / 2) : vload_pairs(at);
-            fetch_ahead(at, ahead);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             const pairs y = vload_pairs(q + r * q_stride + t);
@@ -66,6 +66,7 @@ BLOCK void dot_pairs_block(real *s, const uint16_t *q, ptrdiff_t q_stride, const
 static void dot_pairs(void *s_, double scale, const void *q_, ptrdiff_t q_stride, int rows, const void *k_,
                       ptrdiff_t k_stride, int keys, int head_dim, ptrdiff_t ahead) {
     const vec by = vset(clamped(scale));
+    struct gqa_fetch next = rows_ahead(k_, 2 * k_stride, keys, 2 * head_dim, dot_blocks(rows), ahead);
     for (int j = 0; j < keys; j += DOT_KEYS) {
         const char *k[DOT_KEYS];
         nearest_keys(k, k_, 2 * k_stride, j, keys);
@@ -74,6 +75,6 @@ static void dot_pairs(void *s_, double scale, const void *q_, ptrdiff_t q_stride
         int left = rows;
         UNROLL for (int block = DOT_ROWS; block > 0; block /= 2)
             for (; left >= block; left -= block, s += block * GQA_KEY_TILE, q += block * q_stride)
-                dot_pairs_block(s, q, q_stride, block, k, head_dim, by, ahead);
+                dot_pairs_block(s, q, q_stride, block, k, head_dim, by, &next);
     }
 }

@@ -249,7 +249,7 @@ static struct gqa_fetch fetch_of(const struct gqa_plan *plan, const struct gqa_u
     const int64_t size = (int64_t)gqa_itemsize(operand->dtype);
     if (first >= end || operand->column != size) return (struct gqa_fetch){0};
     const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(GQA_KEY_TILE, end - first));
-    return (struct gqa_fetch){(uintptr_t)run.at, operand->row, run.count, width * size, 0};
+    return gqa_rows_to_come((uintptr_t)run.at, operand->row, run.count, width * size, GQA_FETCH_LINES);
 }
 
 /* Every row tile of the unit takes its turn at each key tile. */
