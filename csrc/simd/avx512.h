@@ -45,11 +45,12 @@ static inline vec vexponent(vec x) { /* x's lowest bits in the place of an expon
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
 }
 
-static inline __m256 vhalves(vec x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+static inline vec vsum_pairs(vec a, vec b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
 static inline void vstore_sums(real *p, vec a, vec b, vec c, vec d) { /* p[0..3] = sums of a, b, c, d */
-    __m256 ab = _mm256_hadd_ps(vhalves(a), vhalves(b)), cd = _mm256_hadd_ps(vhalves(c), vhalves(d));
-    __m256 abcd = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    __m512d ab = _mm512_castps_pd(vsum_pairs(a, b)), cd = _mm512_castps_pd(vsum_pairs(c, d));
+    vec fours = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    __m256 twos = _mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
 }
 
 /* A vector of int8 or of halves from and to memory of any alignment; stores round to nearest even. */
