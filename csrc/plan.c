@@ -261,5 +261,6 @@ struct gqa_unit gqa_plan_unit(const struct gqa_plan *plan, int64_t index) {
     unit.form = form_for(plan, live);
     unit.seq_k = length_of(plan, &plan->key, &plan->kv_lengths, unit.sequence, plan->seq_k);
     unit.offset = plan->lower_right ? unit.seq_k - seq_q : 0;
+    if (plan->block_table.data) unit.blocks = gqa_operand_at(plan, &plan->block_table, unit.sequence, 0);
     return unit;
 }

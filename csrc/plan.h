@@ -78,6 +78,7 @@ struct gqa_unit {
     int64_t rows, padding; /* rows of the sequence from first_row on, and rows past its end */
     const struct gqa_form *form;
     int64_t seq_k, offset; /* the sequence's keys; position of query i is i + offset, of key j it is j */
+    const char *blocks;    /* its row of the block table, or NULL */
 };
 
 enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention *problem, int threads);

@@ -42,7 +42,7 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
 static struct gqa_run blocks_run(const struct gqa_plan *plan, const struct gqa_operand *operand,
                                  const struct gqa_unit *unit, int64_t first, int64_t count) {
     const int64_t rows = plan->run_rows, row = first % rows, step = plan->block_table.column;
-    const char *entry = gqa_operand_at(plan, &plan->block_table, unit->sequence, 0) + first / rows * step;
+    const char *entry = unit->blocks + first / rows * step;
     int64_t block, next;
     memcpy(&block, entry, sizeof block);
     const char *at = operand->data + unit->kv_head * operand->head + block * operand->block + row * operand->row;
@@ -58,7 +58,7 @@ static struct gqa_run blocks_run(const struct gqa_plan *plan, const struct gqa_o
 
 struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operand *operand, const struct gqa_unit *unit,
                             int64_t first, int64_t count) {
-    if (plan->block_table.data) return blocks_run(plan, operand, unit, first, count);
+    if (unit->blocks) return blocks_run(plan, operand, unit, first, count);
     const int64_t row = first % plan->run_rows;
     const char *at = gqa_operand_at(plan, operand, unit->sequence, unit->kv_head) + row * operand->row;
     return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
@@ -76,16 +76,16 @@ static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_oper
     return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(plan->kernels)};
 }
 
-/* From the run at `at`, which begins with key `first`, to the rows that are read GQA_FETCH_AHEAD bytes of rows later:
- * in small blocks not where a row's neighbours lie, which belong to another head. */
+/* From the run that begins with key `first` to the rows that are read GQA_FETCH_AHEAD bytes of rows later: in small
+ * blocks not where a row's neighbours lie, which belong to another head. */
 static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                const struct gqa_unit *unit, int64_t first, int64_t width, const char *at) {
+                                const struct gqa_unit *unit, int64_t first, int64_t width, struct gqa_run run) {
     const int64_t bytes = gqa_max(1, width * (int64_t)gqa_itemsize(operand->dtype));
     const int64_t rows = gqa_ceil_div(GQA_FETCH_AHEAD, bytes);
-    if (!plan->block_table.data || plan->run_rows > 4 * rows) return (ptrdiff_t)(rows * operand->row);
+    if (!unit->blocks || rows < run.count || plan->run_rows > 4 * rows) return (ptrdiff_t)(rows * operand->row);
     const int64_t later = first + gqa_ceil_div(rows, plan->run_rows) * plan->run_rows;
-    return later < unit->seq_k ? (ptrdiff_t)((intptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (intptr_t)at)
-                               : 0;
+    if (later >= unit->seq_k) return 0;
+    return (ptrdiff_t)((intptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (intptr_t)run.at);
 }
 
 /* Pieces end with a run, or at a multiple of GQA_FEW_PIECE, so that sums have the same bits wherever keys lie. */
@@ -103,7 +103,7 @@ struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_o
         piece.rows = loaded(kernels, operand, run.at, 0, count, width, scratch);
     else
         piece = (struct gqa_piece){in_place(operand, run.at, 0), piece.end,
-                                   distance_ahead(plan, operand, unit, first, width, run.at)};
+                                   distance_ahead(plan, operand, unit, first, width, run)};
     return piece;
 }
 
