@@ -20,7 +20,8 @@ enum {
     GQA_KEY_TILE = 128,     /* keys that share one score tile */
     GQA_FEW_PIECE = 16,     /* keys that outer_few sums before it adds to c: calls cut there change no bit */
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
-    GQA_FETCH_LINES = 8,    /* about what a core reads from memory during 16 rounds of products of many rows */
+    GQA_FETCH_LINES = 8,    /* about what a core reads from memory ... */
+    GQA_FETCH_EVERY = 16,   /* ... during so many products of many rows */
 };
 
 /* Rows that will be read soon.  Products bring them nearer, a few lines at a time: they are read in bursts, or in an

@@ -34,15 +34,16 @@ BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
 
 /* ---- rows to come ---- */
 
-/* The next lines, of one row at most.  In the order in which they lie: asked for in the order in which blocks take them,
- * they come a third slower.  Few at a time: a burst of 32 stops the products until memory has answered. */
+/* The next lines, of one row at most.  In the order in which they lie: asked for in the order in which blocks take
+ * them, they come a third slower.  Few at a time: a burst of 32 stops the products until memory has answered. */
 BLOCK void fetch_lines(struct gqa_fetch *next) {
     const int64_t end = next->at + 64 * next->lines < next->width ? next->at + 64 * next->lines : next->width;
     for (; next->at < end; next->at += 64) __builtin_prefetch((const void *)(next->row + (uintptr_t)next->at), 0, 2);
     if (next->at >= next->width) next->at = 0, next->row += (uintptr_t)next->step, next->rows--;
 }
 
-/* The rows `ahead` bytes on, none where that is 0.  Each row is read by `blocks`: each asks for its share of the lines. */
+/* The rows `ahead` bytes on, none where that is 0.  Each row is read by `blocks`: each asks for its share of the
+ * lines. */
 BLOCK struct gqa_fetch rows_ahead(const char *row, ptrdiff_t step, int rows, int64_t width, int blocks,
                                   ptrdiff_t ahead) {
     const int lines = ahead && blocks ? (int)((width + 63) / 64 + blocks - 1) / blocks : 0;
@@ -59,7 +60,8 @@ enum {
 
 /* One block of c: `columns` rows of `vectors` vectors, or of only `rest` lanes when rest > 0.  `adds` (to c) goes
  * without scale.  The sums are this function's own: handed to another one, though inlined, gcc 12 keeps them in
- * memory (30 % slower).  Few rows, which add, bring rows ahead nearer with every product, many with every 16th. */
+ * memory (30 % slower).  Few rows, which add, bring rows ahead nearer with every product, many in one of
+ * GQA_FETCH_EVERY. */
 BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const bool adds, const char *a, ptrdiff_t a_step,
                        const enum gqa_dtype dtype, const int vectors, const int rest, const real *b, ptrdiff_t b_n,
                        ptrdiff_t b_t, const int columns, int count, struct gqa_fetch *next) {
@@ -69,7 +71,7 @@ BLOCK void outer_block(real *c, ptrdiff_t c_stride, const real *scale, const boo
     struct gqa_fetch later = next ? *next : (struct gqa_fetch){0}; /* in registers */
     const bool fetching = later.rows > 0;
     for (ptrdiff_t t = 0; t < count; t++) {
-        if (fetching && (adds || t % 16 == 0)) fetch_lines(&later);
+        if (fetching && (adds || t % GQA_FETCH_EVERY == 0)) fetch_lines(&later);
         vec x[MOST_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++)
             x[v] = rest ? row_rest(a + t * a_step, 0, rest, dtype) : row_vec(a + t * a_step, v * LANES, dtype);

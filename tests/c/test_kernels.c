@@ -34,7 +34,8 @@ static double outer_element(const struct product *p, int i, int lane, double *si
 static void multiply(const struct product *p, void *c) {
     gqa_outer *many = p->form == MANY ? kernels->outer : kernels->outer_careful;
     gqa_outer_few *few = p->form == FEW ? kernels->outer_few : kernels->outer_few_careful;
-    struct gqa_fetch next = gqa_rows_to_come(64, 4096, p->n % 2 ? 1000 : 0, 100, GQA_FETCH_LINES); /* need not be there */
+    const int rows = p->n % 2 ? 1000 : 0; /* which need not be there */
+    struct gqa_fetch next = gqa_rows_to_come(64, 4096, rows, 100, GQA_FETCH_LINES);
     if (p->form == MANY || p->form == CAREFUL)
         many(c, p->scale, p->a, p->lanes, p->b, p->b_n, p->b_t, p->n, p->count, p->n % 3 ? &next : NULL);
     else
