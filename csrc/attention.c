@@ -21,16 +21,16 @@ struct call {
     atomic_int *missing; /* (units,) chunks not yet made */
 };
 
-/* Makes and folds the parts of keys lo <= j < hi; at least one part, even of no key. */
-static char *walk(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t lo,
-                  int64_t hi, struct gqa_job *job) {
+/* Makes and folds the parts of the unit's keys lo <= j < hi; at least one part, even of no key. */
+static char *walk(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                  struct gqa_job *job) {
     struct gqa_fold fold = {0};
-    int64_t span = lo / GQA_SPAN;
+    int64_t span = unit->lo / GQA_SPAN;
     do {
-        const int64_t first = gqa_max(lo, span * GQA_SPAN), end = gqa_min(hi, (span + 1) * GQA_SPAN);
+        const int64_t first = gqa_max(unit->lo, span * GQA_SPAN), end = gqa_min(unit->hi, (span + 1) * GQA_SPAN);
         gqa_unit_span(plan, unit, work, work->parts[work->levels - 1], first, end, job);
         gqa_fold_add(plan, unit, work, &fold, span++);
-    } while (span * GQA_SPAN < hi && !gqa_job_stopped(job));
+    } while (span * GQA_SPAN < unit->hi && !gqa_job_stopped(job));
     return gqa_fold_end(plan, unit, work, &fold);
 }
 
@@ -46,16 +46,15 @@ static char *join_chunks(const struct gqa_plan *plan, const struct gqa_unit *uni
 
 static void whole_unit(const void *context, int64_t index, void *scratch, struct gqa_job *job) {
     const struct gqa_plan *plan = ((const struct call *)context)->plan;
-    const struct gqa_unit unit = gqa_plan_unit(plan, index);
+    struct gqa_unit unit = gqa_plan_unit(plan, index);
     struct gqa_work work;
-    int64_t lo, hi;
     gqa_work_lay(plan, &work, scratch);
     gqa_padding_store(plan, &unit, &work);
     if (unit.rows == 0) return;
-    gqa_unit_begin(plan, &unit, &work, &lo, &hi);
-    char *part = walk(plan, &unit, &work, lo, hi, job);
+    gqa_unit_begin(plan, &unit, &work);
+    char *part = walk(plan, &unit, &work, job);
     gqa_part_store(plan, &unit, &work, part);
-    if (plan->weights.data) gqa_unit_weights(plan, &unit, &work, part, lo, hi, job);
+    if (plan->weights.data) gqa_unit_weights(plan, &unit, &work, part, job);
 }
 
 static void chunk_of_unit(const void *context, int64_t index, void *scratch, struct gqa_job *job) {
@@ -63,19 +62,21 @@ static void chunk_of_unit(const void *context, int64_t index, void *scratch, str
     const struct gqa_plan *plan = call->plan;
     const int64_t unit_index = index / plan->chunks, chunk = index % plan->chunks;
     const int64_t keys = (int64_t)GQA_SPAN << plan->chunk_level;
-    const struct gqa_unit unit = gqa_plan_unit(plan, unit_index);
+    struct gqa_unit unit = gqa_plan_unit(plan, unit_index);
     struct gqa_work work;
-    int64_t lo, hi;
     gqa_work_lay(plan, &work, scratch);
-    gqa_unit_begin(plan, &unit, &work, &lo, &hi);
-    const int64_t first = gqa_max(lo, chunk * keys), end = gqa_min(hi, (chunk + 1) * keys);
+    gqa_unit_begin(plan, &unit, &work);
+    struct gqa_unit mine = unit;
+    mine.lo = gqa_max(unit.lo, chunk * keys);
+    mine.hi = gqa_min(unit.hi, (chunk + 1) * keys);
+    mine.after = plan->units;
     char *parts = call->chunk_parts + (size_t)(unit_index * plan->chunks) * plan->part_bytes;
-    memcpy(parts + (size_t)chunk * plan->part_bytes, walk(plan, &unit, &work, first, end, job), plan->part_bytes);
+    memcpy(parts + (size_t)chunk * plan->part_bytes, walk(plan, &mine, &work, job), plan->part_bytes);
     if (atomic_fetch_sub(&call->missing[unit_index], 1) != 1) return;
     gqa_padding_store(plan, &unit, &work);
     char *part = join_chunks(plan, &unit, &work, parts);
     gqa_part_store(plan, &unit, &work, part);
-    if (plan->weights.data) gqa_unit_weights(plan, &unit, &work, part, lo, hi, job);
+    if (plan->weights.data) gqa_unit_weights(plan, &unit, &work, part, job);
 }
 
 static enum gqa_status run_chunked(const struct gqa_plan *plan, size_t scratch, int threads, struct gqa_poll poll) {

@@ -220,6 +220,7 @@ static void cut(struct gqa_plan *plan, int threads) {
     plan->unit_tiles = plan->head_units ? gqa_ceil_div(plan->tiles, plan->head_units) : 1;
     plan->head_units = gqa_ceil_div(plan->tiles, plan->unit_tiles);
     plan->units = kv_heads * plan->head_units;
+    plan->threads = threads;
     plan->part_bytes = (size_t)plan->unit_tiles * plan->form->tile_bytes;
     if (plan->part_bytes < plan->few.tile_bytes) plan->part_bytes = plan->few.tile_bytes;
 
@@ -252,6 +253,7 @@ struct gqa_unit gqa_plan_unit(const struct gqa_plan *plan, int64_t index) {
     const int64_t head = index / plan->head_units, turn = plan->head_units - 1 - index % plan->head_units;
     const int64_t most = plan->unit_tiles * plan->form->tile_rows;
     struct gqa_unit unit = {.sequence = head / plan->kv_heads, .kv_head = head % plan->kv_heads};
+    unit.after = gqa_min(index + plan->threads, plan->units);
     const int64_t seq_q = length_of(plan, &plan->query, &plan->query_lengths, unit.sequence, plan->seq_q);
     const int64_t live = seq_q * plan->group;
     unit.first_row = turn * most;

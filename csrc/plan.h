@@ -63,6 +63,7 @@ struct gqa_plan {
     int64_t unit_tiles;          /* row tiles of a full unit */
     int64_t head_units;          /* units of a kv head */
     int64_t units;               /* of the whole call */
+    int threads;                 /* that may take them */
     int64_t chunks;              /* tasks that a unit's spans are cut into */
     int chunk_level;             /* a chunk is 2^level spans, at an absolute multiple */
     size_t part_bytes;           /* a full unit's tiles */
@@ -79,6 +80,8 @@ struct gqa_unit {
     const struct gqa_form *form;
     int64_t seq_k, offset; /* the sequence's keys; position of query i is i + offset, of key j it is j */
     const char *blocks;    /* its row of the block table, or NULL */
+    int64_t lo, hi;        /* keys that the task reads: at first, those that are live for any row */
+    int64_t after;         /* the unit that this thread is likely to take next; plan.units: none */
 };
 
 enum gqa_status gqa_plan_make(struct gqa_plan *plan, const struct gqa_attention *problem, int threads);

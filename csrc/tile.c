@@ -239,37 +239,84 @@ static void clear(const struct gqa_plan *plan, const struct gqa_form *form, char
     }
 }
 
+static int64_t next_tile(int64_t key) { return (key / GQA_KEY_TILE + 1) * GQA_KEY_TILE; }
+
 static struct key_tile key_tile_at(int64_t first, int64_t end) {
-    return (struct key_tile){.first = first, .end = gqa_min((first / GQA_KEY_TILE + 1) * GQA_KEY_TILE, end)};
+    return (struct key_tile){.first = first, .end = gqa_min(next_tile(first), end)};
+}
+
+/* ---- many rows ---- */
+
+/* What will be read next, in that order: products bring it nearer. */
+struct upcoming {
+    struct gqa_fetch part[5];
+    int count;
+};
+
+static void expect(struct upcoming *upcoming, struct gqa_fetch part) {
+    if (part.rows > 0) upcoming->part[upcoming->count++] = part;
+}
+
+/* The first of them that is not yet all asked for, or NULL. */
+static struct gqa_fetch *next_of(struct upcoming *upcoming) {
+    for (int i = 0; i < upcoming->count; i++)
+        if (upcoming->part[i].rows > 0) return &upcoming->part[i];
+    return NULL;
 }
 
 /* The keys from `first` on, at most a tile of them, as far as they lie in one run. */
-static struct gqa_fetch fetch_of(const struct gqa_plan *plan, const struct gqa_unit *unit,
-                                 const struct gqa_operand *operand, int64_t first, int64_t end, int64_t width) {
+static struct gqa_fetch keys_to_come(const struct gqa_plan *plan, const struct gqa_unit *unit,
+                                     const struct gqa_operand *operand, int64_t first, int64_t end, int64_t width) {
     const int64_t size = (int64_t)gqa_itemsize(operand->dtype);
     if (first >= end || operand->column != size) return (struct gqa_fetch){0};
     const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(GQA_KEY_TILE, end - first));
     return gqa_rows_to_come((uintptr_t)run.at, operand->row, run.count, width * size, GQA_FETCH_LINES);
 }
 
+/* A unit's queries: of all its heads where heads or queries follow each other in memory, else of the first. */
+static struct gqa_fetch queries_to_come(const struct gqa_plan *plan, const struct gqa_unit *unit) {
+    const struct gqa_operand *query = &plan->query;
+    const int64_t size = (int64_t)gqa_itemsize(query->dtype), width = plan->head_dim * size;
+    const int64_t first = unit->first_row / plan->group, count = gqa_ceil_div(unit->rows, plan->group);
+    if (query->column != size) return (struct gqa_fetch){0};
+    const uintptr_t at = (uintptr_t)gqa_operand_at(plan, query, unit->sequence, unit->kv_head * plan->group) +
+                         (uintptr_t)(first * query->row);
+    if (query->row == width) return gqa_rows_to_come(at, query->head, plan->group, count * width, GQA_FETCH_LINES);
+    return gqa_rows_to_come(at, query->row, count, query->head == width ? plan->group * width : width, GQA_FETCH_LINES);
+}
+
+/* In place, this tile's values are still to be read; where they were loaded, those after them are next. */
+static struct upcoming after_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct key_tile *keys,
+                                  bool loaded) {
+    struct upcoming upcoming = {.count = 0};
+    expect(&upcoming, keys_to_come(plan, unit, &plan->value, loaded ? keys->end : keys->first, unit->hi, plan->v_dim));
+    expect(&upcoming, keys_to_come(plan, unit, &plan->key, keys->end, unit->hi, plan->head_dim));
+    if (keys->end < unit->hi || unit->after == plan->units) return upcoming;
+    const struct gqa_unit after = gqa_plan_unit(plan, unit->after);
+    int64_t first, end;
+    if (after.rows == 0) return upcoming;
+    gqa_plan_bounds(plan, &after, after.first_row / plan->group, &first, &end); /* rows after it end later */
+    expect(&upcoming, queries_to_come(plan, &after));
+    expect(&upcoming, keys_to_come(plan, &after, &plan->key, first, after.seq_k, plan->head_dim));
+    if (loaded) expect(&upcoming, keys_to_come(plan, &after, &plan->value, first, after.seq_k, plan->v_dim));
+    return upcoming;
+}
+
 /* Every row tile of the unit takes its turn at each key tile. */
 static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                          int64_t first, int64_t end, struct gqa_job *job) {
-    for (; first < end && !gqa_job_stopped(job); first = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE) {
+    for (; first < end && !gqa_job_stopped(job); first = next_tile(first)) {
         struct key_tile keys = key_tile_at(first, end);
         load_keys(plan, unit, work, &keys);
         load_values(plan, unit, work, &keys);
-        struct gqa_fetch later_key = fetch_of(plan, unit, &plan->key, keys.end, end, plan->head_dim);
-        const bool loaded = keys.value.data == work->value; /* in place, they are still to be read */
-        struct gqa_fetch later_value =
-            fetch_of(plan, unit, &plan->value, loaded ? keys.end : keys.first, end, plan->v_dim);
+        struct upcoming upcoming = after_tile(plan, unit, &keys, keys.value.data == work->value);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first >= step.end) continue;
-            score(plan, unit, work, tile, &step, &keys, &later_value);
+            score(plan, unit, work, tile, &step, &keys, next_of(&upcoming));
             soften(plan, unit, work, tile, &step, step.m, step.l);
             drop_out(plan, unit, tile, &step);
-            add_values(plan, work, &step, &keys, &later_key);
+            add_values(plan, work, &step, &keys, next_of(&upcoming));
         }
     }
 }
@@ -280,7 +327,7 @@ static void attend_few(const struct gqa_plan *plan, const struct gqa_unit *unit,
                        int64_t first, int64_t end, struct gqa_job *job) {
     struct step steps[GQA_SPAN / GQA_KEY_TILE];
     int live = 0;
-    for (; first < end && !gqa_job_stopped(job); first = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE) {
+    for (; first < end && !gqa_job_stopped(job); first = next_tile(first)) {
         const struct key_tile keys = key_tile_at(first, end);
         steps[live] = find_step(plan, unit, work, 0, &keys, part);
         if (steps[live].first < steps[live].end) score_few(plan, unit, work, &steps[live++]);
@@ -316,9 +363,9 @@ static void weigh(const struct gqa_plan *plan, const struct gqa_unit *unit, stru
 }
 
 void gqa_unit_weights(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
-                      int64_t first, int64_t end, struct gqa_job *job) {
-    for (; first < end && !gqa_job_stopped(job); first = (first / GQA_KEY_TILE + 1) * GQA_KEY_TILE) {
-        struct key_tile keys = key_tile_at(first, end);
+                      struct gqa_job *job) {
+    for (int64_t first = unit->lo; first < unit->hi && !gqa_job_stopped(job); first = next_tile(first)) {
+        struct key_tile keys = key_tile_at(first, unit->hi);
         if (!unit->form->few) load_keys(plan, unit, work, &keys);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows; tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);

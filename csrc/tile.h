@@ -10,8 +10,8 @@
 void gqa_unit_span(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                    int64_t first, int64_t end, struct gqa_job *job);
 
-/* Writes the weights of keys first <= j < end, from a part whose maxima and sums are final. */
+/* Writes the weights of the unit's keys, from a part whose maxima and sums are final. */
 void gqa_unit_weights(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
-                      int64_t first, int64_t end, struct gqa_job *job);
+                      struct gqa_job *job);
 
 #endif

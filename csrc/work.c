@@ -90,16 +90,16 @@ static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit,
     }
 }
 
-void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,
-                    int64_t *hi) {
+void gqa_unit_begin(const struct gqa_plan *plan, struct gqa_unit *unit, struct gqa_work *work) {
     pack_query(plan, unit, work);
-    *lo = unit->seq_k;
-    *hi = 0;
+    unit->lo = unit->seq_k;
+    unit->hi = 0;
     for (int64_t r = 0; r < unit->rows; r++) {
         gqa_plan_bounds(plan, unit, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
         if (work->row_lo[r] >= work->row_hi[r]) continue;
-        *lo = gqa_min(*lo, work->row_lo[r]);
-        *hi = gqa_max(*hi, work->row_hi[r]);
+        unit->lo = gqa_min(unit->lo, work->row_lo[r]);
+        unit->hi = gqa_max(unit->hi, work->row_hi[r]);
     }
-    if (unit->form->few) *lo -= *lo % GQA_KEY_TILE; /* keys lie in lanes: which lane must not depend on the rows */
+    /* few rows' keys lie in lanes: which lane must not depend on the rows */
+    if (unit->form->few) unit->lo -= unit->lo % GQA_KEY_TILE;
 }

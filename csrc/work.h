@@ -31,9 +31,8 @@ static inline int64_t gqa_row_reals(const struct gqa_plan *plan) {
     return gqa_round_up(plan->paired ? plan->head_dim / 2 : plan->head_dim, plan->kernels->lanes);
 }
 
-/* Packs the unit's queries and finds its rows' bounds; returns the range of keys live for any row. */
-void gqa_unit_begin(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t *lo,
-                    int64_t *hi);
+/* Packs the unit's queries and finds its rows' bounds, and with them the unit's lo and hi. */
+void gqa_unit_begin(const struct gqa_plan *plan, struct gqa_unit *unit, struct gqa_work *work);
 
 /* Where the queries of a row tile lie. */
 char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_the_line_that_saves_a_pickle_again_works(tmp_path) -> None:
     torch.save({name: torch.from_numpy(array) for name, array in llama().items()}, src / "pytorch_model.bin")
     with pytest.raises(ValueError, match="save it again") as raised:
         convert_checkpoint(src, tmp_path / "dst", 2)
-    assert os.system(str(raised.value).partition("again: ")[2].replace("python", "exec python", 1)) == 0
+    assert os.system(str(raised.value).partition("again: ")[2].replace("python", f"exec {sys.executable}", 1)) == 0
     convert_checkpoint(src, tmp_path / "dst", 2, progress=False)
     assert load_file(src / "pytorch_model.safetensors").keys() == llama().keys()
 
