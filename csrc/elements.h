@@ -1,7 +1,7 @@
 /* elements.h: rows of elements between the caller's arrays and packed rows of double.
  *
  * Packed means one after the other in this machine's byte order, of any alignment.
- * Rows never overlap.  Used by convert.c, rope.c, cache.c, check.c and view.c. */
+ * Rows never overlap.  Used by convert.c, rope.c, cache.c, check.c and plan.c. */
 #ifndef GQA_ELEMENTS_H
 #define GQA_ELEMENTS_H
 

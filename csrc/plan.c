@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "elements.h"
 
 /* ---- the operands ---- */
 
@@ -35,6 +36,11 @@ static void see_matrix(struct gqa_plan *plan, struct gqa_operand *operand, const
     operand->head = step(array, 3);
     operand->row = step(array, 2);
     operand->column = step(array, 1);
+    operand->width = gqa_dim(array, 1);
+    operand->size = (int64_t)gqa_itemsize(array->dtype);
+    const bool joined = operand->column == operand->size || operand->width <= 1;
+    operand->plain = joined && !operand->swapped && operand->row % operand->size == 0;
+    operand->ahead = gqa_ceil_div(GQA_FETCH_AHEAD, gqa_max(1, operand->width * operand->size));
 }
 
 static void see_vector(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array) {

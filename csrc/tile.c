@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "bias.h"
-#include "elements.h"
 #include "view.h"
 #include "weigh.h"
 
@@ -37,17 +36,16 @@ static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, 
     const int64_t count = keys->end - keys->first;
     const struct gqa_run run = gqa_view_run(plan, &plan->key, unit, keys->first, count);
     if (plan->paired && run.count == count)
-        keys->key = gqa_stream_keys(plan, &plan->key, unit, keys->first, keys->end, plan->head_dim, work->key).rows;
+        keys->key = gqa_stream_keys(plan, &plan->key, unit, keys->first, keys->end, work->key).rows;
     else
-        keys->key =
-            gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, count, plan->head_dim, work->key);
+        keys->key = gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, count, work->key);
     if (plan->paired) keys->key = gqa_narrow_rows(plan, keys->key, count, plan->head_dim, work->key);
 }
 
 static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                         struct key_tile *keys) {
-    keys->value = gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first,
-                                plan->v_dim, work->value);
+    keys->value =
+        gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, work->value);
     keys->state = UNKNOWN;
 }
 
@@ -151,7 +149,7 @@ static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
                       const struct step *step) {
     struct gqa_piece piece;
     for (int64_t first = step->first; first < step->end; first = piece.end) {
-        piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, plan->head_dim, work->key);
+        piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, work->key);
         score_piece(plan, work, step, first, &piece);
     }
     if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
@@ -208,7 +206,7 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
     if (plan->value_scales.data) scale_few(plan, unit, &plan->value_scales, step, true);
     struct gqa_piece piece;
     for (int64_t first = step->first; first < step->end; first = piece.end) {
-        piece = gqa_stream_keys(plan, &plan->value, unit, first, step->end, plan->v_dim, work->value);
+        piece = gqa_stream_keys(plan, &plan->value, unit, first, step->end, work->value);
         struct key_tile keys = {.first = first, .end = piece.end, .value = piece.rows};
         gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
         outer(step->o, o_lanes, piece.rows.data, piece.rows.stride, piece.rows.dtype, (int)plan->v_dim,
@@ -266,19 +264,19 @@ static struct gqa_fetch *next_of(struct upcoming *upcoming) {
 
 /* The keys from `first` on, at most a tile of them, as far as they lie in one run. */
 static struct gqa_fetch keys_to_come(const struct gqa_plan *plan, const struct gqa_unit *unit,
-                                     const struct gqa_operand *operand, int64_t first, int64_t end, int64_t width) {
-    const int64_t size = (int64_t)gqa_itemsize(operand->dtype);
-    if (first >= end || operand->column != size) return (struct gqa_fetch){0};
+                                     const struct gqa_operand *operand, int64_t first, int64_t end) {
+    if (first >= end || operand->column != operand->size) return (struct gqa_fetch){0};
     const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(GQA_KEY_TILE, end - first));
-    return gqa_rows_to_come((uintptr_t)run.at, operand->row, run.count, width * size, GQA_FETCH_LINES);
+    return gqa_rows_to_come((uintptr_t)run.at, operand->row, run.count, operand->width * operand->size,
+                            GQA_FETCH_LINES);
 }
 
 /* A unit's queries: of all its heads where heads or queries follow each other in memory, else of the first. */
 static struct gqa_fetch queries_to_come(const struct gqa_plan *plan, const struct gqa_unit *unit) {
     const struct gqa_operand *query = &plan->query;
-    const int64_t size = (int64_t)gqa_itemsize(query->dtype), width = plan->head_dim * size;
+    const int64_t width = query->width * query->size;
     const int64_t first = unit->first_row / plan->group, count = gqa_ceil_div(unit->rows, plan->group);
-    if (query->column != size) return (struct gqa_fetch){0};
+    if (query->column != query->size) return (struct gqa_fetch){0};
     const uintptr_t at = (uintptr_t)gqa_operand_at(plan, query, unit->sequence, unit->kv_head * plan->group) +
                          (uintptr_t)(first * query->row);
     if (query->row == width) return gqa_rows_to_come(at, query->head, plan->group, count * width, GQA_FETCH_LINES);
@@ -289,16 +287,16 @@ static struct gqa_fetch queries_to_come(const struct gqa_plan *plan, const struc
 static struct upcoming after_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct key_tile *keys,
                                   bool loaded) {
     struct upcoming upcoming = {.count = 0};
-    expect(&upcoming, keys_to_come(plan, unit, &plan->value, loaded ? keys->end : keys->first, unit->hi, plan->v_dim));
-    expect(&upcoming, keys_to_come(plan, unit, &plan->key, keys->end, unit->hi, plan->head_dim));
+    expect(&upcoming, keys_to_come(plan, unit, &plan->value, loaded ? keys->end : keys->first, unit->hi));
+    expect(&upcoming, keys_to_come(plan, unit, &plan->key, keys->end, unit->hi));
     if (keys->end < unit->hi || unit->after == plan->units) return upcoming;
     const struct gqa_unit after = gqa_plan_unit(plan, unit->after);
     int64_t first, end;
     if (after.rows == 0) return upcoming;
     gqa_plan_bounds(plan, &after, after.first_row / plan->group, &first, &end); /* rows after it end later */
     expect(&upcoming, queries_to_come(plan, &after));
-    expect(&upcoming, keys_to_come(plan, &after, &plan->key, first, after.seq_k, plan->head_dim));
-    if (loaded) expect(&upcoming, keys_to_come(plan, &after, &plan->value, first, after.seq_k, plan->v_dim));
+    expect(&upcoming, keys_to_come(plan, &after, &plan->key, first, after.seq_k));
+    if (loaded) expect(&upcoming, keys_to_come(plan, &after, &plan->value, first, after.seq_k));
     return upcoming;
 }
 

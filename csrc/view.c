@@ -4,36 +4,31 @@
 
 #include <string.h>
 
-#include "elements.h"
-
-static bool lies_plainly(const struct gqa_operand *operand, const char *at, int64_t width) {
-    const int64_t size = (int64_t)gqa_itemsize(operand->dtype);
-    const bool aligned = size == 1 || (operand->row % size == 0 && (uintptr_t)at % (uintptr_t)size == 0);
-    return !operand->swapped && (operand->column == size || width <= 1) && aligned;
+static bool lies_plainly(const struct gqa_operand *operand, const char *at) {
+    return operand->plain && ((uintptr_t)at & (uintptr_t)(operand->size - 1)) == 0;
 }
 
-static struct gqa_rows in_place(const struct gqa_operand *operand, const char *at, int64_t first) {
-    return (struct gqa_rows){at + first * operand->row,
-                             (ptrdiff_t)(operand->row / (int64_t)gqa_itemsize(operand->dtype)), operand->dtype};
+static struct gqa_rows in_place(const struct gqa_operand *operand, const char *at) {
+    return (struct gqa_rows){at, (ptrdiff_t)(operand->row >> __builtin_ctzll((unsigned long long)operand->size)),
+                             operand->dtype};
 }
 
 /* To scratch (count, width), as reals. */
 static struct gqa_rows loaded(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
-                              int64_t first, int64_t count, int64_t width, void *scratch) {
-    const char *row = at + first * operand->row;
+                              int64_t count, void *scratch) {
+    const int64_t width = operand->width;
     const bool joined = operand->row == width * operand->column; /* each row follows the last: as one long row */
     const int64_t rows = joined ? 1 : count, length = joined ? count * width : width;
     for (int64_t i = 0; i < rows; i++)
-        kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, row + i * operand->row,
-                      operand->column, operand->dtype, operand->swapped, (int)length);
+        kernels->load((char *)scratch + i * width * (int64_t)kernels->real_size, at + i * operand->row, operand->column,
+                      operand->dtype, operand->swapped, (int)length);
     return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(kernels)};
 }
 
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
-                              int64_t first, int64_t count, int64_t width, void *scratch) {
-    if (operand->dtype == gqa_own_dtype(kernels) && lies_plainly(operand, at, width))
-        return in_place(operand, at, first);
-    return loaded(kernels, operand, at, first, count, width, scratch);
+                              int64_t count, void *scratch) {
+    if (operand->dtype == gqa_own_dtype(kernels) && lies_plainly(operand, at)) return in_place(operand, at);
+    return loaded(kernels, operand, at, count, scratch);
 }
 
 /* ---- keys of a sequence, which may be those of a cache ---- */
@@ -46,7 +41,7 @@ static struct gqa_run blocks_run(const struct gqa_plan *plan, const struct gqa_o
     int64_t block, next;
     memcpy(&block, entry, sizeof block);
     const char *at = operand->data + unit->kv_head * operand->head + block * operand->block + row * operand->row;
-    struct gqa_run run = {at, rows - row};
+    struct gqa_run run = {at, rows - row, entry};
     if (operand->block == rows * operand->row)
         for (; run.count < count; run.count += rows, block = next) {
             memcpy(&next, entry += step, sizeof next);
@@ -61,49 +56,50 @@ struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operan
     if (unit->blocks) return blocks_run(plan, operand, unit, first, count);
     const int64_t row = first % plan->run_rows;
     const char *at = gqa_operand_at(plan, operand, unit->sequence, unit->kv_head) + row * operand->row;
-    return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
+    return (struct gqa_run){at, gqa_min(count, plan->run_rows - row), NULL};
 }
 
 /* Run by run to scratch (count, width). */
 static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                              const struct gqa_unit *unit, int64_t first, int64_t count, int64_t width, char *scratch) {
+                              const struct gqa_unit *unit, int64_t first, int64_t count, char *scratch) {
+    const int64_t row_bytes = operand->width * (int64_t)plan->kernels->real_size;
     struct gqa_run run;
     for (int64_t done = 0; done < count; done += run.count) {
         run = gqa_view_run(plan, operand, unit, first + done, count - done);
-        loaded(plan->kernels, operand, run.at, 0, run.count, width,
-               scratch + done * width * (int64_t)plan->kernels->real_size);
+        loaded(plan->kernels, operand, run.at, run.count, scratch + done * row_bytes);
     }
-    return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(plan->kernels)};
+    return (struct gqa_rows){scratch, (ptrdiff_t)operand->width, gqa_own_dtype(plan->kernels)};
 }
 
 /* From the run that begins with key `first` to the rows that are read GQA_FETCH_AHEAD bytes of rows later: in small
  * blocks not where a row's neighbours lie, which belong to another head. */
 static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                const struct gqa_unit *unit, int64_t first, int64_t width, struct gqa_run run) {
-    const int64_t bytes = gqa_max(1, width * (int64_t)gqa_itemsize(operand->dtype));
-    const int64_t rows = gqa_ceil_div(GQA_FETCH_AHEAD, bytes);
-    if (!unit->blocks || rows < run.count || plan->run_rows > 4 * rows) return (ptrdiff_t)(rows * operand->row);
-    const int64_t later = first + gqa_ceil_div(rows, plan->run_rows) * plan->run_rows;
-    if (later >= unit->seq_k) return 0;
-    return (ptrdiff_t)((intptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (intptr_t)run.at);
+                                const struct gqa_unit *unit, int64_t first, struct gqa_run run) {
+    if (!run.entry || operand->ahead < run.count || plan->run_rows > 4 * operand->ahead)
+        return (ptrdiff_t)(operand->ahead * operand->row);
+    const int64_t blocks = gqa_ceil_div(operand->ahead, plan->run_rows);
+    if (first + blocks * plan->run_rows >= unit->seq_k) return 0;
+    int64_t block, later;
+    memcpy(&block, run.entry, sizeof block);
+    memcpy(&later, run.entry + blocks * plan->block_table.column, sizeof later);
+    return (ptrdiff_t)((later - block) * operand->block);
 }
 
 /* Pieces end with a run, or at a multiple of GQA_FEW_PIECE, so that sums have the same bits wherever keys lie. */
 struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width,
-                                 void *scratch) {
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, void *scratch) {
     const struct gqa_kernels *kernels = plan->kernels;
     const struct gqa_run run = gqa_view_run(plan, operand, unit, first, end - first);
     const int64_t whole = run.count == end - first ? run.count : run.count - run.count % GQA_FEW_PIECE;
     struct gqa_piece piece = {.end = gqa_min(end, first + (whole ? whole : GQA_FEW_PIECE))};
     const int64_t count = piece.end - first;
     if (!whole)
-        piece.rows = gather(plan, operand, unit, first, count, width, scratch);
-    else if (!gqa_streams(kernels, operand->dtype) || !lies_plainly(operand, run.at, width))
-        piece.rows = loaded(kernels, operand, run.at, 0, count, width, scratch);
+        piece.rows = gather(plan, operand, unit, first, count, scratch);
+    else if (!gqa_streams(kernels, operand->dtype) || !lies_plainly(operand, run.at))
+        piece.rows = loaded(kernels, operand, run.at, count, scratch);
     else
-        piece = (struct gqa_piece){in_place(operand, run.at, 0), piece.end,
-                                   distance_ahead(plan, operand, unit, first, width, run)};
+        piece =
+            (struct gqa_piece){in_place(operand, run.at), piece.end, distance_ahead(plan, operand, unit, first, run)};
     return piece;
 }
 
@@ -128,12 +124,12 @@ void gqa_view_scales(const struct gqa_plan *plan, const struct gqa_operand *scal
 
 struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
                               const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
-                              int64_t count, int64_t width, void *scratch) {
+                              int64_t count, void *scratch) {
     const struct gqa_run run = gqa_view_run(plan, operand, unit, first, count);
+    const int64_t width = operand->width;
     float scale[GQA_KEY_TILE];
-    if (run.count == count && !scales->data)
-        return gqa_view_rows(plan->kernels, operand, run.at, 0, count, width, scratch);
-    const struct gqa_rows rows = gather(plan, operand, unit, first, count, width, scratch);
+    if (run.count == count && !scales->data) return gqa_view_rows(plan->kernels, operand, run.at, count, scratch);
+    const struct gqa_rows rows = gather(plan, operand, unit, first, count, scratch);
     if (!scales->data) return rows;
     gqa_view_scales(plan, scales, unit, first, count, scale);
     for (int64_t i = 0; i < count; i++) {

@@ -11,15 +11,16 @@ struct gqa_rows {
     enum gqa_dtype dtype;
 };
 
-/* Rows `first` to `first + count` of the matrix at `at`: in place when its reals lie one after
- * another, otherwise loaded to scratch (count, width). */
+/* The `count` rows from `at` on: in place when a row's reals lie one after another, otherwise loaded to
+ * scratch (count, width). */
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
-                              int64_t first, int64_t count, int64_t width, void *scratch);
+                              int64_t count, void *scratch);
 
 /* Keys of one sequence and head that lie at one stride, the operand's. */
 struct gqa_run {
     const char *at;
     int64_t count;
+    const char *entry; /* of its first block in the block table, or NULL */
 };
 
 /* The run that begins with key `first`, and `count` keys of it at most. */
@@ -30,7 +31,7 @@ struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operan
  * rows are multiplied by their scales. */
 struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
                               const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
-                              int64_t count, int64_t width, void *scratch);
+                              int64_t count, void *scratch);
 
 /* Keys that few rows take at once. */
 struct gqa_piece {
@@ -42,7 +43,7 @@ struct gqa_piece {
 /* The piece that begins with key `first` and ends at `end` or before, at most a tile: in place also where a kernel
  * widens rows as it reads; int8 is left as it is. */
 struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                 const struct gqa_unit *unit, int64_t first, int64_t end, int64_t width, void *scratch);
+                                 const struct gqa_unit *unit, int64_t first, int64_t end, void *scratch);
 
 /* Rows of bfloat16, whatever lies there: rows that were loaded to scratch become bfloat16 again, there. */
 struct gqa_rows gqa_narrow_rows(const struct gqa_plan *plan, struct gqa_rows rows, int64_t count, int64_t width,

@@ -63,9 +63,8 @@ char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, c
 /* A row of the kv head, whose queries begin at `head`: scaled reals, or bfloat16 as it came. */
 static void pack_row(const struct gqa_plan *plan, struct gqa_work *work, const char *head, int64_t row, char *to) {
     const struct gqa_kernels *kernels = plan->kernels;
-    const char *at = head + row % plan->group * plan->query.head;
-    const struct gqa_rows from =
-        gqa_view_rows(kernels, &plan->query, at, row / plan->group, 1, plan->head_dim, work->row);
+    const char *at = head + row % plan->group * plan->query.head + row / plan->group * plan->query.row;
+    const struct gqa_rows from = gqa_view_rows(kernels, &plan->query, at, 1, work->row);
     if (plan->paired)
         memcpy(to, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data,
                (size_t)plan->head_dim * sizeof(uint16_t));
