@@ -7,6 +7,7 @@ config.json lacks is what that library takes it for. Called by _from_checkpoint.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ._config_rope import fill_rope, find_rope
 from ._messages import fail
 from .bias import get_alibi_slopes
 from .convert.architectures import LONE
@@ -23,13 +24,14 @@ class Rotation(NamedTuple):
     """RoPE where the config is silent."""
 
     base: float = 10000.0
-    share: float = 1.0  # of each head that is turned
+    share: float | None = None  # of each head that is turned; None: all of it, and partial_rotary_factor is not read
     interleaved: bool = False
 
 
 _PLAIN = Rotation()
 ROTATIONS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "phi3"), _PLAIN),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2"), _PLAIN),
+    "phi3": Rotation(share=1.0),
     "phi": Rotation(share=0.5),
     "stablelm": Rotation(share=0.25),
     "cohere": Rotation(base=500000.0, interleaved=True),
@@ -95,26 +97,33 @@ def _slides(call: str, name: str, config: Mapping[str, Any], number: int) -> boo
 
 
 def _rope(call: str, name: str, config: Mapping[str, Any], head_dim: int) -> RotaryEmbedding:
-    """From either place where a config keeps it: rope_parameters, or rope_scaling with rope_theta beside."""
-    default = ROTATIONS[name]
-    base_key, share_key = OLD_NAMES.get(name, ("rope_theta", "partial_rotary_factor"))
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """The config's dict, and what the architecture takes for granted."""
+    default, given = ROTATIONS[name], find_rope(config)[1]
     if not isinstance(given, Mapping):
         return RotaryEmbedding(head_dim, scaling=given)  # which says what it takes
-    base = _number(call, given, "rope_theta", _number(call, config, base_key, default.base))
-    share = _number(call, given, "partial_rotary_factor", _number(call, config, share_key, default.share))
-    rotary_dim = None if share in (1, None) else int(head_dim * share)
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "default":
-        return RotaryEmbedding(head_dim, base=base, rotary_dim=rotary_dim, interleaved=default.interleaved)
-    scaling = {key: entry for key, entry in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    if name == "phi3" and kind in ("su", "yarn"):  # what Phi-3's first files call longrope
-        scaling = {**scaling, "rope_type": "longrope"}
-        scaling.pop("type", None)
-    original = config.get("original_max_position_embeddings", 4096 if name == "phi3" else None)
-    if original is not None:
-        scaling.setdefault("original_max_position_embeddings", original)
-    return RotaryEmbedding(
-        head_dim, base=base, rotary_dim=rotary_dim, interleaved=default.interleaved, scaling=scaling,
-        max_position_embeddings=config.get("max_position_embeddings"),
-    )  # fmt: skip
+    if name == "phi3":
+        given, config = _as_longrope(given), {"original_max_position_embeddings": 4096, **config}
+    scaling = fill_rope(given, config, *OLD_NAMES.get(name, ()))
+    options: dict[str, Any] = {"base": _number(call, scaling, "rope_theta", default.base)}
+    options |= {"rotary_dim": _rotary_dim(call, name, scaling, head_dim), "interleaved": default.interleaved}
+    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
+        scaling = {key: entry for key, entry in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        options |= {"scaling": scaling, "max_position_embeddings": config.get("max_position_embeddings")}
+    return RotaryEmbedding(head_dim, **options)
+
+
+def _as_longrope(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Phi-3's first files call it su or yarn."""
+    if (given.get("rope_type") or given.get("type")) not in ("su", "yarn"):
+        return given
+    return {key: entry for key, entry in given.items() if key != "type"} | {"rope_type": "longrope"}
+
+
+def _rotary_dim(call: str, name: str, scaling: Mapping[str, Any], head_dim: int) -> int | None:
+    """How many elements of a head are turned; None is all of them."""
+    usual = ROTATIONS[name].share
+    share = _number(call, scaling, "partial_rotary_factor", usual or 1.0)
+    if usual is None and share != 1:
+        came = f"config.json has partial_rotary_factor {share}"
+        fail(NotImplementedError, call, came, f"1.0 was wanted, as {name} turns whole heads", "restore the config")
+    return None if share in (1, None) else int(head_dim * share)

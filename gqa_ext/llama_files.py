@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._config_rope import fill_rope, find_rope
 from ._messages import Array
 from .convert.safetensors import SafetensorsFile
 from .rope import RotaryEmbedding
@@ -163,7 +164,7 @@ def _make_config(given: dict[str, Any], family: Family) -> Config:
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}")
-    rope = _merge_rope(known)
+    rope = _read_rope(known)
     eps, theta = known.get("rms_norm_eps", Config.rms_norm_eps), rope.pop("rope_theta")
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
         raise ValueError(f"rms_norm_eps is {eps!r:.40}; a small number was wanted")
@@ -182,20 +183,19 @@ def _check_size(key: str, given: Any) -> int:
     return given
 
 
-def _merge_rope(known: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's dict, old and new name, with rope_theta, which may also stand beside it."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        part = known.get(key) or {}
-        if not isinstance(part, dict):
-            raise ValueError(f"{key} is {part!r:.40}; an object was wanted")
-        rope |= part
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if known.get(key) is not None:
-            rope.setdefault(key, known[key])
-    if any(isinstance(part, dict) for part in rope.values()):
-        raise NotImplementedError("rope_parameters has a dict for each layer type; only a flat one is implemented")
-    return {"rope_theta": Config.rope_theta} | rope
+def _read_rope(known: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face's dict with rope_theta; without partial_rotary_factor, which none of FAMILIES reads."""
+    key, given = find_rope(known)
+    if not isinstance(given, dict):
+        raise ValueError(f"{key} is {given!r:.40}; an object was wanted")
+    if any(isinstance(part, dict) for part in given.values()):
+        raise NotImplementedError(f"{key} has a dict for each layer type; only a flat one is implemented")
+    rope = {"rope_theta": Config.rope_theta} | fill_rope(given, known)
+    share = rope.pop("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        came, fix = f"partial_rotary_factor is {share!r:.40}", "only 1.0 is implemented: these models turn whole heads"
+        raise NotImplementedError(f"{came}; {fix}")
+    return rope
 
 
 def _find_windows(known: dict[str, Any], num_layers: int, family: Family) -> tuple[int | None, ...]:

@@ -194,15 +194,48 @@ def test_shards_are_one_model(saved, shards):
     np.testing.assert_array_equal(llama.load(shards).forward(tokens), model.forward(tokens))
 
 
-def test_old_names_in_a_config(saved, tmp_path):
-    """rope_theta beside rope_scaling, as files before transformers 5 have them."""
-    folder, model, tokens, _ = saved("llama, llama3")
+def rewritten(saved, name, target, drop, change):
+    """The folder of a name, but for entries of config.json; and the tokens and logits that transformers now gives."""
+    folder, _, tokens, _ = saved(name)
     config = json.loads((folder / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    np.testing.assert_array_equal(llama.load(tmp_path).forward(tokens), model.forward(tokens))
+    del config[drop]
+    (target / "config.json").write_text(json.dumps(config | change))
+    (target / "model.safetensors").symlink_to(folder / "model.safetensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return tokens, theirs(torch.from_numpy(tokens)).logits.numpy()
+
+
+def without(rope, *keys):
+    return {key: rope[key] for key in rope if key not in keys}
+
+
+ORIGINAL = "original_max_position_embeddings"
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 500.0, "rope_scaling": without(LLAMA3, "rope_theta")},
+        *(
+            {"rope_theta": 500.0, "rope_scaling": without(rope, "rope_theta", ORIGINAL), ORIGINAL: 16}
+            for rope in (YARN, LONGROPE, LLAMA3)
+        ),
+        {"rope_parameters": without(LONGROPE, "factor"), ORIGINAL: 32},  # and the dict says 16
+        {"rope_parameters": YARN, ORIGINAL: 32},
+        {"rope_scaling": LINEAR, ORIGINAL: 16},  # linear does not read it
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_scaling": LINEAR, "rope_parameters": YARN, "rope_theta": 500.0},
+        {"rope_scaling": {}, "rope_parameters": YARN},
+        {"rope_theta": 500.0, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_rope_of_older_and_mixed_configs(saved, tmp_path, change):
+    """Files before transformers 5 keep parts of the dict beside it, or have it under two names."""
+    tokens, want = rewritten(saved, "llama", tmp_path, "rope_parameters", change)
+    close(llama.load(tmp_path).forward(tokens), want)
+    assert np.abs(want - saved("llama")[3]).max() > 0.01 * np.abs(want).max()
 
 
 @pytest.mark.parametrize(
@@ -217,16 +250,10 @@ def test_old_names_in_a_config(saved, tmp_path):
 )
 def test_windows_without_layer_types(saved, tmp_path, change, windows):
     """As files before transformers 4.53 have them; the model that it makes of them gives the same logits."""
-    folder, _, tokens, _ = saved("qwen2, sliding")
-    config = json.loads((folder / "config.json").read_text())
-    del config["layer_types"]
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    tokens, want = rewritten(saved, "qwen2, sliding", tmp_path, "layer_types", change)
     model = llama.load(tmp_path)
     assert model.config.layer_windows == windows
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        close(model.forward(tokens), theirs(torch.from_numpy(tokens)).logits.numpy())
+    close(model.forward(tokens), want)
 
 
 def rewrite_index(folder, change):
