@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import _core
-from ._messages import ANY_FLOAT, ATTENTION, FLOATS, ROPE, Array, brief, count, fail, fits, heads, kind, native, shapes
+from ._messages import ATTENTION, FLOATS, ROPE, Array, brief, count, fail, fits, heads, kind, native, one_of, shapes
 from ._rules import Rules
+
+DOUBLE = FLOATS[-1:]
 
 # ---- attention ----
 
@@ -37,7 +39,7 @@ def attention(
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_array(ATTENTION, name, array)
         check_dtype(name, array)
-    check_same_precision(query, key, value)
+    check_same_precision(ATTENTION, query=query, key=key, value=value)
     for name, array in (("query", query), ("key", key), ("value", value)):
         check_rank(name, array)
     check_head_dim(query, key)
@@ -61,18 +63,17 @@ def attention(
 def cached_attention(
     query: Any, key: Any, value: Any, attn_mask: Any, is_causal: Any, scale: Any, rules: Rules, out: Any, lse: Any
 ) -> NoReturn:
-    """The same for a cache, whose keys are seen as the array that they would be."""
-    call = "KVCache.attend" if rules.block_table is None else "paged_attention"
+    """The same for a cache, whose keys are seen as the array that they would be; _cached.py names its call."""
+    check_array(ATTENTION, "query", query)
+    held = native(key.dtype)
+    check_dtype("query", query, among=DOUBLE if held == np.float64 else FLOATS[:-1], why=f", as the cache holds {held}")
     if rules.block_table is not None and rules.kv_lengths is not None:
         check_lengths("kv_lengths", rules.kv_lengths, (len(rules.block_table),), "keys in its blocks",
-                      int(rules.cached_keys or 0), f"(block_table {rules.block_table.shape})", call)  # fmt: skip
-        check_blocks(call, rules.block_table, rules.kv_lengths, key)
+                      int(rules.cached_keys or 0), f"(block_table {rules.block_table.shape})")  # fmt: skip
+        check_blocks(rules.block_table, rules.kv_lengths, key)
     key, value = cache_as_arrays(key, value, rules.block_table, int(rules.cached_keys or 0))
     plain = rules._replace(cached_keys=None, block_table=None, key_scales=None, value_scales=None)
-    try:
-        attention(query, key, value, attn_mask, is_causal, True, scale, True, plain, out, lse)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace(f"{ATTENTION}()", f"{call}()", 1)) from None
+    attention(query, key, value, attn_mask, is_causal, True, scale, True, plain, out, lse)
 
 
 def cache_as_arrays(key: Array, value: Array, table: Array | None, seq_k: int) -> list[Array]:
@@ -83,7 +84,7 @@ def cache_as_arrays(key: Array, value: Array, table: Array | None, seq_k: int) -
     return [np.broadcast_to(np.zeros((), kind), shape) for kind, shape in zip(kinds, shapes_of, strict=True)]
 
 
-def check_blocks(call: str, table: Array, lengths: Array, blocks: Array) -> None:
+def check_blocks(table: Array, lengths: Array, blocks: Array) -> None:
     """Entries that a sequence's length makes use of name a block."""
     rows = blocks.shape[2]
     used = np.arange(table.shape[1]) * rows < lengths[:, None]
@@ -92,7 +93,7 @@ def check_blocks(call: str, table: Array, lengths: Array, blocks: Array) -> None
         b, j = bad[0]
         wanted = f"a block from 0 to {len(blocks) - 1} was wanted, as sequence {b} has {lengths[b]} keys"
         fix = f"give it {-(-int(lengths[b]) // rows)} blocks of {rows} rows"
-        fail(ValueError, call, f"block_table[{b}, {j}] is {table[b, j]}", wanted, fix)
+        fail(ValueError, ATTENTION, f"block_table[{b}, {j}] is {table[b, j]}", wanted, fix)
 
 
 def check_array(call: str, name: str, array: Any) -> None:
@@ -101,28 +102,30 @@ def check_array(call: str, name: str, array: Any) -> None:
         fail(TypeError, call, f"{name} is {kind(array)}", "an ndarray was wanted", f"pass np.asarray({name})")
 
 
-def check_dtype(name: str, array: Array, call: str = ATTENTION) -> None:
-    """One of the four float dtypes."""
+def check_dtype(
+    name: str, array: Array, call: str = ATTENTION, among: tuple[np.dtype[Any], ...] = FLOATS, why: str = ""
+) -> None:
+    """One of the four float dtypes, or of fewer and why."""
     dtype = native(array.dtype)
-    if dtype in FLOATS:
+    if dtype in among:
         return
     if dtype.kind == "c":
         fix = f"it is not defined for complex numbers; pass {name}.real or {name}.imag"
-    elif dtype.kind in "?biuf":
-        fix = f"pass {name}.astype(np.float32)"
+    elif dtype.kind in "?biuf" or dtype in FLOATS:
+        fix = f"pass {name}.astype(np.{'float64' if among == DOUBLE else 'float32'})"
     else:
         fix = "pass an array of floating-point numbers"
-    fail(TypeError, call, f"{name} has dtype {dtype}", f"{ANY_FLOAT} was wanted", fix)
+    fail(TypeError, call, f"{name} has dtype {dtype}", f"{one_of(among)} was wanted{why}", fix)
 
 
-def check_same_precision(query: Array, key: Array, value: Array) -> None:
+def check_same_precision(call: str, **arrays: Array) -> None:
     """float64 goes only with float64, the others in any mix."""
-    types = {name: native(a.dtype) for name, a in (("query", query), ("key", key), ("value", value))}
+    types = {name: native(array.dtype) for name, array in arrays.items()}
     odd = [name for name, dtype in types.items() if dtype != np.float64]
-    if 0 < len(odd) < 3:
+    if 0 < len(odd) < len(types):
         came = ", ".join(f"{name} is {dtype}" for name, dtype in types.items())
-        fix = f"pass {odd[0]}.astype(np.float64), or all three as float32"
-        fail(TypeError, ATTENTION, came, "float64 goes only with float64", fix)
+        fix = f"pass {odd[0]}.astype(np.float64), or {'both' if len(types) == 2 else 'all three'} as float32"
+        fail(TypeError, call, came, "float64 goes only with float64", fix)
 
 
 def check_rank(name: str, array: Array) -> None:
@@ -196,7 +199,7 @@ def check_mask(mask: Any, target: tuple[int, ...]) -> None:
         fix = "pass attn_mask.astype(bool), True where a key may be seen"
         if dtype.kind not in "iu":
             fix = "pass bool (True where a key may be seen) or float32 (added to the scores)"
-        wanted = f"bool, {ANY_FLOAT} was wanted"
+        wanted = f"bool, {one_of(FLOATS)} was wanted"
         fail(TypeError, ATTENTION, f"attn_mask has dtype {dtype}", wanted, fix)
     if not fits(mask.shape, target):
         wanted = f"it must broadcast to (..., query heads, query rows, key rows) {target} and not widen it"
@@ -248,27 +251,23 @@ def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) ->
             check_spread(name, positions, (*leading, seq), wanted, f"pass {seq} positions, or {(*leading, seq)}")
 
 
-def check_spread(
-    name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str, call: str = ATTENTION
-) -> None:
+def check_spread(name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str) -> None:
     """Broadcasts to the target without widening it."""
     if not fits(array.shape, target):
-        fail(ValueError, call, f"{name} has shape {array.shape}", wanted, fix)
+        fail(ValueError, ATTENTION, f"{name} has shape {array.shape}", wanted, fix)
 
 
-def check_lengths(
-    name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str, call: str = ATTENTION
-) -> None:
+def check_lengths(name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str) -> None:
     """One for each sequence, and none longer than the array."""
     wanted = f"one length for each sequence was wanted, broadcasting to {leading} {where}"
     fix = f"pass shape {leading}" if leading else "pass one int"
-    check_spread(name, lengths, leading, wanted, fix, call)
+    check_spread(name, lengths, leading, wanted, fix)
     bad = np.argwhere((lengths < 0) | (lengths > most))
     if len(bad):
         at = f"[{', '.join(map(str, bad[0]))}]" if lengths.ndim else ""
         came = f"{name}{at} is {lengths[tuple(bad[0])]}"
         wanted = f"from 0 to the number of {rows}, {most}, was wanted {where}"
-        fail(ValueError, call, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
+        fail(ValueError, ATTENTION, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
 
 
 def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENTION, name: str = "query") -> None:

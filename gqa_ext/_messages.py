@@ -4,6 +4,7 @@ A message has five parts: the call, the argument, what came, what was wanted, an
 everything that checks an argument: the conversions before a call of C, and _explain.py after it said no.
 """
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -17,7 +18,15 @@ ROPE = "RotaryEmbedding.__call__"
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
 FLOATS = (*HALVES, *COMPUTED)
-ANY_FLOAT = "float16, bfloat16, float32 or float64"
+
+
+def one_of(dtypes: Iterable[np.dtype[Any]]) -> str:
+    """``float16, bfloat16 or float32``."""
+    *first, last = (dtype.name for dtype in dtypes)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+ANY_FLOAT = one_of(FLOATS)
 
 
 def fail(error: type[Exception], call: str, came: str, wanted: str, fix: str = "") -> NoReturn:

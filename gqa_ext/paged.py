@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _core
 from ._arguments import as_array, as_int
 from ._cached import Cached, attend_cached
-from ._explain import check_dtype
+from ._explain import check_dtype, check_same_precision
 from ._messages import Array, count, fail, fits, kind, shapes
 from ._rules import as_integers
 from .cache import as_cache_dtype, as_counts, as_rows, make_store
@@ -90,6 +90,7 @@ def _check_block_arrays(call: str, keys: Array, values: Array) -> None:
         if array.ndim != 4 or array.shape[2] == 0:
             wanted = "(blocks, heads, rows, head_dim) was wanted, with at least one row"
             fail(ValueError, call, f"{name} has shape {array.shape}", wanted, "pass an array of blocks")
+    check_same_precision(call, key_blocks=keys, value_blocks=values)
     if keys.shape[:3] != values.shape[:3]:
         where = shapes(key_blocks=keys, value_blocks=values)
         came, wanted = "value_blocks differ from key_blocks", f"the same blocks, heads and rows were wanted ({where})"

@@ -92,19 +92,22 @@ QUERY = np.ones((2, 4, 1, 8), np.float32)
         ({"query": QUERY[:, :3]}, ValueError, "query heads must be a multiple"),
         ({"query": QUERY[..., :7]}, ValueError, "head_dim"),
         ({"query": np.ones((3, 4, 1, 8), np.float32)}, ValueError, "batch dimensions"),
-        ({"query": QUERY.astype(np.float64)}, TypeError, "float64 goes only with float64"),
+        ({"query": QUERY.astype(np.float64)}, TypeError, "float16, bfloat16 or float32 was wanted, as the cache"),
+        ({"key_blocks": BLOCKS.astype(np.float64)}, TypeError, "key_blocks is float64, value_blocks is float32; "
+         r"float64 goes only with float64: pass value_blocks\.astype\(np\.float64\), or both as float32"),
+        ({"key_blocks": BLOCKS.astype(np.float64), "value_blocks": BLOCKS.astype(np.float64)}, TypeError,
+         r"query has dtype float32; float64 was wanted, as the cache holds float64: pass query\.astype\(np\.float64\)"),
         ({"causal_alignment": "lower_right"}, TypeError, "causal_alignment"),
-        ({"nonsense": 3}, TypeError, "nonsense"),
+        ({"nonsense": 3}, TypeError, "nonsense is given; known are attn_mask, .*: leave nonsense out"),
     ],
-)
+)  # fmt: skip
 def test_errors(change: dict[str, Any], error: type[Exception], words: str) -> None:
     arguments = {"query": QUERY, "key_blocks": BLOCKS, "value_blocks": BLOCKS, "block_table": [[0, 1], [2, 3]],
                  "kv_lengths": [5, 8]}  # fmt: skip
     paged_attention(**arguments)
     with pytest.raises(error, match=words) as caught:
         paged_attention(**{**arguments, **change})
-    if "nonsense" not in words:
-        assert str(caught.value).startswith("paged_attention()")
+    assert str(caught.value).startswith("paged_attention()")
 
 
 # ---- PagedKVCache ----
@@ -271,6 +274,26 @@ def test_ids() -> None:
     assert cache.free_blocks == 3
     assert repr(cache) == "PagedKVCache(3, 4, 1, 8, dtype='float32', sequences=1, free_blocks=3)"
     assert cache.nbytes == 3 * 4 * 8 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"query": QUERY[:1].astype(np.float64)}, TypeError, "query has dtype float64; float16, bfloat16 or float32 "
+         r"was wanted, as the cache holds int8: pass query\.astype\(np\.float32\)"),
+        ({"query": QUERY[:1, :3]}, ValueError, "query heads must be a multiple"),
+        ({"query_lengths": [7]}, ValueError, r"query_lengths\[0\] is 7; from 0"),
+        ({"nonsense": 3}, TypeError, "nonsense is given; known are attn_mask, .*: leave nonsense out"),
+        ({"out": np.ones(3, np.float32)}, ValueError, "out has shape"),
+    ],
+)  # fmt: skip
+def test_attend_names_itself(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    cache = PagedKVCache(2, 4, 2, 8, dtype="int8")
+    number = cache.new_sequence()
+    cache.append(number, BLOCKS[:1], BLOCKS[:1])
+    with pytest.raises(error, match=words) as caught:
+        cache.attend(number, **{"query": QUERY[:1], **change})
+    assert str(caught.value).startswith("PagedKVCache.attend()")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
