@@ -3,6 +3,7 @@
 C writes new rows in place and finds each key again; here are lengths, and what is said when something does not fit.
 """
 
+import math
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,9 +27,13 @@ def as_cache_dtype(call: str, thing: Any) -> np.dtype[Any]:
     return dtype
 
 
-def make_store(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
-    """Rows (..., D), and their scales if the dtype needs them."""
-    return np.zeros(shape, dtype), np.zeros(shape[:-1], np.float32) if dtype == np.int8 else None
+def make_store(call: str, came: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
+    """Rows (..., D), and their scales if the dtype needs them; ``came`` names the argument that makes them so many."""
+    try:
+        return np.zeros(shape, dtype), np.zeros(shape[:-1], np.float32) if dtype == np.int8 else None
+    except (MemoryError, ValueError, OverflowError):  # the latter two beyond what can be addressed
+        wanted = f"an array {shape} of {math.prod(shape) * dtype.itemsize:,} bytes was wanted, and memory has no room"
+        fail(MemoryError, call, came, wanted, "pass a smaller number")
 
 
 def as_rows(call: str, name: str, thing: Any, batch: int, num_heads: int, width: int) -> Array:
@@ -83,8 +88,8 @@ class KVCache:
 
     Raises
     ------
-    ValueError, TypeError
-        A number below 1, another dtype, or a window that is none.
+    ValueError, TypeError, MemoryError
+        A number below 1, another dtype, a window that is none, or more tokens than memory has room for.
 
     Notes
     -----
@@ -124,7 +129,7 @@ class KVCache:
         self.capacity = as_int(call, "capacity", capacity, 1)
         self.dtype = as_cache_dtype(call, dtype)
         self.window = _as_width(call, window)
-        self._store(self.capacity if self.window is None else min(self.window, self.capacity))
+        self._store(call, self.capacity if self.window is None else min(self.window, self.capacity))
         self.reset()
 
     # ---- what is in it ----
@@ -297,11 +302,11 @@ class KVCache:
 
     # ---- how it lies ----
 
-    def _store(self, slots: int) -> None:
+    def _store(self, call: str, slots: int) -> None:
         """New arrays of so many slots a sequence."""
-        shape = (self.batch, self.num_kv_heads, slots)
-        keys, key_scales = make_store((*shape, self.head_dim), self.dtype)
-        values, value_scales = make_store((*shape, self.v_head_dim), self.dtype)
+        shape, came = (self.batch, self.num_kv_heads, slots), f"capacity is {self.capacity}"
+        keys, key_scales = make_store(call, came, (*shape, self.head_dim), self.dtype)
+        values, value_scales = make_store(call, came, (*shape, self.v_head_dim), self.dtype)
         self._slots = slots
         self._keys, self._values, self._key_scales, self._value_scales = keys, values, key_scales, value_scales
 
@@ -334,7 +339,7 @@ class KVCache:
         if slots <= self._slots:
             return
         before, old = self._arrays(), self._slots
-        self._store(slots)
+        self._store("KVCache.append", slots)
         for b, length in enumerate(self._lengths.tolist()):
             kept = np.arange(max(0, length - old), length)
             for source, target in zip(before, self._arrays(), strict=True):

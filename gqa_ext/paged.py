@@ -108,6 +108,11 @@ class PagedKVCache:
     dtype : {'float32', 'float16', 'bfloat16', 'int8'}
         As in :class:`gqa_ext.KVCache`.
 
+    Raises
+    ------
+    ValueError, TypeError, MemoryError
+        A number below 1, another dtype, or more blocks than memory has room for.
+
     Notes
     -----
     A fork shares all blocks of its parent. The first of them to append to a shared, half full block gets a copy of
@@ -245,7 +250,7 @@ class PagedKVCache:
     def _make_blocks(self) -> tuple[Array, Array | None]:
         """Blocks (N, Hkv, rows, D), where a head's rows of the next block follow at once: a long stream to read."""
         shape = (self.num_kv_heads, self.num_blocks, self.block_size, self.head_dim)
-        rows, scales = make_store(shape, self.dtype)
+        rows, scales = make_store("PagedKVCache", f"num_blocks is {self.num_blocks}", shape, self.dtype)
         return rows.swapaxes(0, 1), None if scales is None else scales.swapaxes(0, 1)
 
     def _arrays(self) -> list[Array]:

@@ -263,6 +263,8 @@ def test_errors(call: Any, error: type[Exception], words: str) -> None:
         ({"dtype": "float64"}, TypeError, "dtype is float64; one of float32, float16, bfloat16, int8"),
         ({"dtype": "int16"}, TypeError, "int16"), ({"window": 0}, ValueError, "window"),
         ({"window": (-1, 0)}, ValueError, "window"), ({"num_kv_heads": 0}, ValueError, "num_kv_heads"),
+        *(({"capacity": number}, MemoryError, rf"^KVCache\(\): capacity is {number}; an array \(1, 2, {number}, 8\) of "
+           ".* bytes was wanted, and memory has no room: pass a smaller number") for number in (2**50, 10**20)),
     ],
 )  # fmt: skip
 def test_constructor_errors(change: dict[str, Any], error: type[Exception], words: str) -> None:

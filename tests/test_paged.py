@@ -247,6 +247,12 @@ def test_halves_and_mixed_lengths(dtype: str) -> None:
     assert not paged.attend(paged.new_sequence(), query[:1]).any()
 
 
+@pytest.mark.parametrize("number", [2**50, 10**20])
+def test_no_room_for_blocks(number: int) -> None:
+    with pytest.raises(MemoryError, match=rf"^PagedKVCache\(\): num_blocks is {number}; an array .* pass a smaller"):
+        PagedKVCache(number, 16, 2, 64)
+
+
 def test_ids() -> None:
     cache = PagedKVCache(3, 4, 1, 8)
     number = cache.new_sequence()
