@@ -32,14 +32,14 @@ class GGUFTokenizer:
 
     Attributes
     ----------
-    eos : int or None
-        The token that ends a text.
+    eos : frozenset of int
+        The token that ends a text, if there is one.
     """
 
     def __init__(self, tokenizer: Any, bos: int | None, eos: int | None) -> None:
         self._tokenizer = tokenizer
         self._bos = bos
-        self.eos = eos
+        self.eos = frozenset() if eos is None else frozenset([eos])
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; control tokens such as <|im_start|> are taken for what they are."""

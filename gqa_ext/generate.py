@@ -9,6 +9,7 @@ Called by gqa_ext.__main__.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from . import gguf_files
@@ -97,14 +98,6 @@ def run(
     timing = Timing(len(tokens), one_token, 0, kv_dtype)
     made = model.generate(tokens, max_new_tokens, temperature=temperature, seed=seed, cache=cache)
     yield prompt
-    yield from stream_text(tokenizer, tokens, _until(tokenizer.eos, timing.watch(made)))
+    yield from stream_text(tokenizer, tokens, takewhile(lambda token: token not in tokenizer.eos, timing.watch(made)))
     timing.kv_bytes = sum(layer.nbytes for layer in cache)  # a ring has grown with the prompt
     yield f"\n\n{timing}\n"
-
-
-def _until(eos: int | None, tokens: Iterator[int]) -> Iterator[int]:
-    """Tokens before the one that ends a text."""
-    for token in tokens:
-        if token == eos:
-            return
-        yield token

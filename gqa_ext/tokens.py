@@ -1,6 +1,6 @@
 """Text to tokens and back.
 
-A tokenizer here has three things: encode(text), decode(tokens) and eos, the token that ends a text, or None.
+A tokenizer here has three things: encode(text), decode(tokens) and eos, the tokens of which any ends a text.
 Called by gqa_ext.generate and by users who give a model text.
 """
 
@@ -17,8 +17,8 @@ class Tokenizer(Protocol):
     """What a tokenizer has."""
 
     @property
-    def eos(self) -> int | None:
-        """The token that ends a text."""
+    def eos(self) -> frozenset[int]:
+        """The tokens of which any ends a text."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with those that the model wants at its beginning."""
@@ -38,7 +38,7 @@ class ByteTokenizer:
     'né'
     """
 
-    eos: int | None = None
+    eos: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         """Bytes of a text; those that a command line could not decode as they came (PEP 383)."""
@@ -55,7 +55,8 @@ class JsonTokenizer:
     Parameters
     ----------
     path : pathlib.Path
-        The file. eos is the eos_token of a tokenizer_config.json beside it, or else config.json's eos_token_id.
+        The file. eos is, of the files beside it, the eos_token_id of generation_config.json, or else of config.json,
+        which transformers' generate stops at, or else the eos_token of tokenizer_config.json.
 
     Raises
     ------
@@ -88,17 +89,18 @@ class JsonTokenizer:
         text: str = self._library.decode(list(tokens))
         return text
 
-    def _find_eos(self, folder: Path) -> int | None:
+    def _find_eos(self, folder: Path) -> frozenset[int]:
+        for file in ("generation_config.json", "config.json"):
+            given = _setting(folder / file, "eos_token_id")
+            numbers = given if isinstance(given, list) else [given]
+            tokens = frozenset(number for number in numbers if type(number) is int)
+            if tokens:
+                return tokens
         name = _setting(folder / "tokenizer_config.json", "eos_token")
         if isinstance(name, dict):  # an added token, written out
             name = name.get("content")
-        if isinstance(name, str):
-            token: int | None = self._library.token_to_id(name)
-            return token
-        number = _setting(folder / "config.json", "eos_token_id")
-        if isinstance(number, list) and number:
-            number = number[0]
-        return number if type(number) is int else None
+        token = self._library.token_to_id(name) if isinstance(name, str) else None
+        return frozenset() if token is None else frozenset([token])
 
 
 def _setting(path: Path, key: str) -> Any:

@@ -147,15 +147,19 @@ def test_tokenizer_json(word_folder):
 @pytest.mark.parametrize(
     ("files", "eos"),
     [
-        ({}, None),
-        ({"config.json": {"eos_token_id": 4}}, 4),
-        ({"config.json": {"eos_token_id": [3, 4]}}, 3),
-        ({"config.json": {"eos_token_id": 4}, "tokenizer_config.json": {"eos_token": "</s>"}}, 1),
-        ({"tokenizer_config.json": {"eos_token": {"content": "</s>", "lstrip": False}}}, 1),
-        ({"config.json": {"eos_token_id": 4}, "tokenizer_config.json": {"eos_token": None}}, 4),
+        ({}, set()),
+        ({"config.json": {"eos_token_id": 4}}, {4}),
+        ({"config.json": {"eos_token_id": [3, 4]}}, {3, 4}),
+        ({"config.json": {"eos_token_id": 4}, "generation_config.json": {"eos_token_id": [3, 1]}}, {3, 1}),
+        ({"config.json": {"eos_token_id": [4]}, "generation_config.json": {"eos_token_id": 0}}, {0}),
+        ({"config.json": {"eos_token_id": 4}, "generation_config.json": {"eos_token_id": None}}, {4}),
+        ({"config.json": {"eos_token_id": 4}, "tokenizer_config.json": {"eos_token": "</s>"}}, {4}),
+        ({"tokenizer_config.json": {"eos_token": {"content": "</s>", "lstrip": False}}}, {1}),
+        ({"config.json": {"eos_token_id": None}, "tokenizer_config.json": {"eos_token": "</s>"}}, {1}),
+        ({"config.json": {"eos_token_id": []}, "tokenizer_config.json": {"eos_token": "none"}}, set()),
     ],
 )
-def test_the_token_that_ends_a_text(word_folder, files, eos):
+def test_the_tokens_that_end_a_text(word_folder, files, eos):
     for name, content in files.items():
         (word_folder / name).write_text(json.dumps(content))
     assert JsonTokenizer(word_folder / "tokenizer.json").eos == eos
@@ -202,10 +206,11 @@ def test_options_reach_the_model(tiny, capsys, dtype, heads, nbytes):
     assert f"KV cache {nbytes:,} bytes per token, {43 * nbytes:,} bytes in all, {dtype}" in figures
 
 
-def test_a_text_ends_at_its_last_token(word_folder, capsys, monkeypatch):
+@pytest.mark.parametrize("eos", [1, [1], [0, 1, 4]])
+def test_a_text_ends_at_its_last_token(word_folder, capsys, monkeypatch, eos):
     """A model that says "cat the </s> cat": the end is not shown, and nothing comes after it."""
+    (word_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     tokenizer = load_tokenizer(word_folder, 6)
-    tokenizer.eos = 1
     tiny = llama.load()
     monkeypatch.setattr(generate, "open_model", lambda path: (tiny, tokenizer))
     monkeypatch.setattr(llama.Llama, "generate", lambda *_, **__: iter([3, 2, 1, 3]))

@@ -147,7 +147,7 @@ def test_text_is_cut_as_the_file_says(tmp_path, pre, words):
 def test_text_survives_the_tokens(tmp_path, text):
     _, tokenizer = gguf_files.load(write_gguf(tmp_path / "a.gguf", random_weights()))
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.eos == 0
+    assert tokenizer.eos == {0}
 
 
 def test_control_tokens_are_whole_and_leave_no_text(tmp_path):
