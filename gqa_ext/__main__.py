@@ -9,9 +9,11 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
-from ._convert_commands import add_words
+from ._convert_commands import add_words, one_line
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -51,7 +53,7 @@ def generate(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
-        print(f"gqa-ext generate: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"gqa-ext generate: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -62,20 +64,21 @@ def show(piece: str) -> None:
     print(piece.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
 
 
-def whole(text: str) -> int:
-    """A number above 0 on the command line."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+Number = TypeVar("Number", int, float)
 
 
-def temperature(text: str) -> float:
-    """A finite number, at least 0."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise ValueError
-    return number
+def at_least(least: Number) -> Callable[[str], Number]:
+    """What reads an int, or a finite float, of the command line; argparse puts the argument's name before a message."""
+    noun = "a whole number" if isinstance(least, int) else "a finite number"
+
+    def read(text: str) -> Number:
+        with suppress(ValueError):
+            number = type(least)(text)
+            if least <= number < math.inf:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} was given; {noun} of at least {least:g} was wanted")
+
+    return read
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -117,17 +120,19 @@ def add_generate(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="a folder with config.json and safetensors, a .gguf file, or tiny, the model in this package (default)",
     )  # fmt: skip
     word.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    word.add_argument("--max-new-tokens", type=whole, default=200, metavar="N", help="at most so many (default 200)")
     word.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+        "--max-new-tokens", type=at_least(1), default=200, metavar="N", help="at most so many (default 200)"
     )
-    word.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
+    word.add_argument(
+        "--temperature", type=at_least(0.0), default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+    )
+    word.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the sampling (default 0)")
     word.add_argument(
         "--kv-dtype", choices=("float32", "float16", "bfloat16", "int8"), default="float32",
         help="what keys and values are kept in (default float32)",
     )  # fmt: skip
     word.add_argument(
-        "--num-kv-heads", type=whole, metavar="H", help="pool the key/value heads to so many, by their mean"
+        "--num-kv-heads", type=at_least(1), metavar="H", help="pool the key/value heads to so many, by their mean"
     )
     word.set_defaults(run=generate)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_words"]
+__all__ = ["add_words", "one_line"]
 
 Arguments = argparse.Namespace
 
@@ -74,13 +74,13 @@ def _guarded(name: str, run: Callable[[Arguments], int]) -> Callable[[Arguments]
         except BrokenPipeError:
             raise  # the reader of stdout has gone, which __main__ answers
         except (OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
-            print(f"gqa-ext {name}: {_one_line(error)}", file=sys.stderr)
+            print(f"gqa-ext {name}: {one_line(error)}", file=sys.stderr)
             return 1
 
     return guarded
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message without line breaks, and without the number of the system's error."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

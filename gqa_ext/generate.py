@@ -93,7 +93,7 @@ def run(
     tokens = tokenizer.encode(prompt)
     if not tokens:
         raise ValueError("the prompt has no tokens; give at least one with --prompt")
-    cache = model.new_cache(len(tokens) + max_new_tokens, dtype=kv_dtype)
+    cache = model.cache_for(len(tokens), max_new_tokens, kv_dtype)
     one_token = sum(layer.nbytes for layer in model.new_cache(1, dtype=kv_dtype))
     timing = Timing(len(tokens), one_token, 0, kv_dtype)
     made = model.generate(tokens, max_new_tokens, temperature=temperature, seed=seed, cache=cache)

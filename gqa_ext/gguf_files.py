@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
     ImportError
         `gguf` or `tokenizers` is not installed; the message has the command.
     OSError
-        The file cannot be opened.
+        The file is not there or cannot be opened.
     NotImplementedError
         The file asks for something that gqa_ext.llama lacks; the message names it.
     ValueError
@@ -81,6 +81,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
     >>> tokenizer.decode(list(model.generate(tokenizer.encode("The capital of France is"), 2)))  # doctest: +SKIP
     ' Paris.'
     """
+    if not Path(path).exists():
+        wanted = "the path of a GGUF file was wanted, as llama.cpp's converter writes it"
+        raise FileNotFoundError(f"gguf_files.load(): {path} does not exist; {wanted}: pass one")
     with open(path, "rb") as file:
         gguf = import_extra("gguf")
         try:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ._arguments import as_int, as_real
+from ._messages import count, fail
 from .attention import scaled_dot_product_attention
 from .cache import KVCache
 from .convert.methods import pool_heads  # not from .convert, which evaluates models with this module
@@ -212,6 +214,14 @@ class Llama:
             for index in range(len(self.layers))
         )
 
+    def cache_for(self, prompt_tokens: int, max_new_tokens: int, dtype: DTypeLike = "float32") -> tuple[KVCache, ...]:
+        """`new_cache` for one prompt and what follows it; MemoryError names max_new_tokens."""
+        try:
+            return self.new_cache(prompt_tokens + max_new_tokens, dtype=dtype)
+        except MemoryError as error:
+            came = f"max_new_tokens is {max_new_tokens} behind {count(prompt_tokens, 'token')}"
+            fail(MemoryError, "Llama.generate", came, str(error))
+
     def _next_positions(self, tokens: NDArray[np.int64], cache: Sequence[KVCache]) -> NDArray[np.int64]:
         """Positions (B, S) of tokens behind those that a cache holds; ValueError where it has no room for them.
 
@@ -265,9 +275,11 @@ class Llama:
         ----------
         prompt : array_like of int, shape (S,), or bytes or str for a byte-level model
         max_new_tokens : int
+            At least 1.
         temperature : float
             0 takes the likeliest token; otherwise the softmax of logits / temperature is sampled.
         seed : int
+            Of the sampling, at least 0.
         kv_dtype : {'float32', 'float16', 'bfloat16', 'int8'}
             What keys and values are kept in; all else is float32.
         cache : sequence of KVCache, optional
@@ -277,14 +289,31 @@ class Llama:
         ------
         int
             The next token. For a byte-level model `bytes(model.generate(...))` is the text.
+
+        Raises
+        ------
+        ValueError, TypeError
+            At once, for an argument that is none of these; later, where `cache` has no room for a token.
+        MemoryError
+            There is no room for the keys and values of so many tokens.
         """
-        tokens = self.encode(prompt)
-        if tokens.ndim != 1 or not temperature >= 0:
-            came = f"prompt has shape {tokens.shape} and temperature is {temperature}"
-            raise ValueError(f"Llama.generate(): {came}; one sequence (S,) and a number from 0 up were wanted")
-        rng = np.random.default_rng(seed)
-        cache = self.new_cache(tokens.size + max_new_tokens, dtype=kv_dtype) if cache is None else cache
-        for _ in range(max_new_tokens):
+        tokens, call = self.encode(prompt), "Llama.generate"
+        if tokens.ndim != 1:
+            fail(ValueError, call, f"prompt has shape {tokens.shape}", "one sequence, (S,), was wanted", "pass one")
+        most = as_int(call, "max_new_tokens", max_new_tokens, 1)
+        fix = "pass temperature=0.0 for the likeliest token, or about 1.0 to sample"
+        heat = as_real(call, "temperature", temperature, fix)
+        if not 0 <= heat < math.inf:
+            fail(ValueError, call, f"temperature is {heat}", "a finite number of at least 0 was wanted", fix)
+        rng = np.random.default_rng(as_int(call, "seed", seed, 0))
+        cache = self.cache_for(tokens.size, most, kv_dtype) if cache is None else cache
+        return self._continue(tokens, most, heat, rng, cache)
+
+    def _continue(
+        self, tokens: Array, most: int, temperature: float, rng: np.random.Generator, cache: Sequence[KVCache]
+    ) -> Iterator[int]:
+        """What `generate` yields."""
+        for _ in range(most):
             logits = linear(self.hidden_states(tokens, cache)[-1], self.lm_head)
             # the argmax of logits + Gumbel noise is a sample of their softmax
             noise = temperature * rng.gumbel(size=logits.size) if temperature else 0.0
@@ -354,7 +383,7 @@ def load(folder: str | os.PathLike[str] = TINY) -> Llama:
     Raises
     ------
     FileNotFoundError
-        config.json or a file of weights is missing.
+        config.json or a file of weights is missing; the message says which.
     NotImplementedError
         The config asks for something this forward pass lacks; the message names it.
     ValueError

@@ -100,7 +100,7 @@ _WIDENED = ("F16", "BF16", "F32", "F64")
 def read_folder(folder: Path) -> tuple[Config, Weights]:
     """Config and weights of a folder; see gqa_ext.llama.load for what it raises."""
     path = folder / "config.json"
-    given = _read_json(path)
+    given = _read_json(_find(path))
     try:
         family = _find_family(given)
         config = _make_config(given, family)
@@ -128,6 +128,15 @@ def read_folder(folder: Path) -> tuple[Config, Weights]:
 
 
 # --- config.json ------------------------------------------------------------------------------------------
+
+
+def _find(path: Path) -> Path:
+    """The same, if there is such a file."""
+    if not path.exists():
+        wanted = f"config.json and {_ONE_FILE}, or its shards and their index, were wanted"
+        message = f"{path} does not exist; {wanted}: pass the folder of a whole Hugging Face model"
+        raise FileNotFoundError(f"load(): {message}")
+    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,7 +252,7 @@ def _read_arrays(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     """The tensors wanted, widened to float32; float32 stays where the file is mapped."""
     if (folder / _ONE_FILE).exists() or not (folder / _INDEX).exists():
         path = folder / _ONE_FILE
-        file = SafetensorsFile(path)
+        file = SafetensorsFile(_find(path))
         files = dict.fromkeys(file, file)
     else:
         path = folder / _INDEX
@@ -260,7 +269,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     for name, shard in places.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
             raise ValueError(f"load(): {index}: {name} lies in {shard!r:.80}; the plain name of a file was wanted")
-    shards = {shard: SafetensorsFile(index.parent / shard) for shard in dict.fromkeys(places.values())}
+    shards = {shard: SafetensorsFile(_find(index.parent / shard)) for shard in dict.fromkeys(places.values())}
     faults = [f"{name} is not in {shard}" for name, shard in places.items() if name not in shards[shard].tensors]
     faults += [
         f"{name} of {shard} is not in the index"

@@ -222,10 +222,10 @@ def test_a_text_ends_at_its_last_token(word_folder, capsys, monkeypatch, eos):
     ("words", "complaint"),
     [
         (["nowhere"], "'nowhere' is neither a folder"),
-        (["."], "config.json"),
-        (["nowhere.gguf"], "nowhere.gguf"),
+        (["."], "load(): config.json does not exist; config.json and model.safetensors, or its shards and "),
+        (["nowhere.gguf"], "nowhere.gguf does not exist; the path of a GGUF file was wanted"),
         (["--num-kv-heads", "3"], "num_kv_heads is 3"),
-        (["--seed", "-1"], "non-negative"),
+        (["--max-new-tokens", "9" * 30], f"max_new_tokens is {'9' * 30} behind 1 token; KVCache(): capacity is 1"),
         (["--prompt", ""], "no tokens"),
         (["--prompt", "\ud800"], "surrogates"),
     ],
@@ -241,16 +241,29 @@ def test_bad_input_exits_with_1_and_one_line(words, complaint, capsys, tmp_path,
 
 
 @pytest.mark.parametrize(
+    ("name", "word", "wanted"),
+    [
+        *(("--max-new-tokens", word, "a whole number of at least 1") for word in ("0", "-1", "1.5", "many", "1e400")),
+        *(("--num-kv-heads", word, "a whole number of at least 1") for word in ("0", "-2")),
+        *(("--seed", word, "a whole number of at least 0") for word in ("-1", "x")),
+        *(("--temperature", word, "a finite number of at least 0") for word in ("-1", "nan", "inf", "hot")),
+    ],
+)
+def test_a_number_out_of_range_is_named(name, word, wanted, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["generate", "--prompt", "x", name, word])
+    assert stop.value.code == 2
+    assert f"error: argument {name}: {word!r} was given; {wanted} was wanted\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "words",
     [
         [],
         ["tiny"],
-        *(["--prompt", "x", *rest] for rest in (
-            ["--kv-dtype", "float64"], ["--temperature", "-1"], ["--temperature", "nan"], ["--max-new-tokens", "0"],
-            ["--max-new-tokens", "many"], ["--num-kv-heads", "0"], ["one", "two"], ["--nonsense"],
-        )),
+        *(["--prompt", "x", *rest] for rest in (["--kv-dtype", "float64"], ["one", "two"], ["--nonsense"])),
     ],
-)  # fmt: skip
+)
 def test_wrong_usage_exits_with_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         __main__.main(["generate", *words])

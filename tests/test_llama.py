@@ -260,13 +260,22 @@ def test_bad_tokens(grouped, tokens):
     ("prompt", "options", "message"),
     [
         ([[1, 2]], {}, r"shape \(1, 2\)"),
-        ([1], {"temperature": -1.0}, "temperature is -1"),
-        ([1], {"temperature": math.nan}, "nan"),
+        ([1], {"temperature": -1.0}, "temperature is -1.0; a finite number of at least 0 was wanted: pass"),
+        ([1], {"temperature": math.nan}, "temperature is nan; a finite"),
+        ([1], {"temperature": math.inf}, "temperature is inf; a finite"),
+        ([1], {"temperature": "hot"}, "temperature is 'hot', a str; a real number was wanted: pass temperature="),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0; at least 1 was wanted: pass max_new_tokens=1 or more"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens is -1; at least 1"),
+        ([1], {"max_new_tokens": -5}, "max_new_tokens is -5; at least 1"),
+        ([1], {"max_new_tokens": 1.5}, "max_new_tokens is 1.5, a float; an int"),
+        ([1], {"seed": -1}, "seed is -1; at least 0"),
+        ([1], {"max_new_tokens": 10**20}, "max_new_tokens is 10{20} behind 1 token; KVCache.*capacity is 10{19}1; "),
     ],
 )
 def test_what_generate_cannot_do(grouped, prompt, options, message):
-    with pytest.raises(ValueError, match=message):
-        next(grouped.generate(prompt, 3, **options))
+    """And it says so at once, not with the first token."""
+    with pytest.raises((ValueError, TypeError, MemoryError), match=rf"^Llama\.generate\(\): .*{message}"):
+        grouped.generate(prompt, **{"max_new_tokens": 3, **options})
 
 
 def test_defaults_and_newer_names(tmp_path):
@@ -324,8 +333,11 @@ def test_files_it_cannot_read(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.index.json")
     with pytest.raises(ValueError, match="no sound UTF-8 JSON"):
         llama.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        llama.load(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for folder, name in (tmp_path / "nowhere", "config.json"), (tmp_path, "model.safetensors"):
+        path = re.escape(str(folder / name))
+        with pytest.raises(FileNotFoundError, match=rf"^load\(\): {path} does not exist; config.json and .*: pass the"):
+            llama.load(folder)
 
 
 def test_harmless_extra_tensors(tmp_path):
