@@ -162,24 +162,38 @@ def _base(base: Any, given: Mapping[str, Any]) -> float:
 
 def _rotary_dim(head_dim: int, rotary_dim: Any, given: Mapping[str, Any]) -> int:
     """The argument, the dict's share of head_dim, or all of it."""
-    name, dim = "rotary_dim", head_dim
-    if "partial_rotary_factor" in given:
-        name = "scaling['partial_rotary_factor']"
-        share = as_real(CALL, name, given["partial_rotary_factor"], "pass a number up to 1.0")
-        if not 0 < share <= 1:
-            fail(ValueError, CALL, f"{name} is {share}", "a number above 0 and up to 1 was wanted", "pass 1.0 for all")
-        dim = int(head_dim * share)
+    share = _share(head_dim, given)
+    dim = head_dim if share is None else share
+    came = f"head_dim is {dim}" if share is None else f"scaling['partial_rotary_factor'] gives {dim}"
     if rotary_dim is not None:
-        number = as_int(CALL, "rotary_dim", rotary_dim, 2)
-        if "partial_rotary_factor" in given and number != dim:
-            came = f"rotary_dim is {number} and {name} gives {dim}"
-            fail(ValueError, CALL, came, "one of them was wanted, or the same twice", "leave rotary_dim out")
-        name, dim = "rotary_dim", number
-    if dim % 2 or not 2 <= dim <= head_dim:
-        came = f"{name} gives {dim}" if name != "rotary_dim" else f"rotary_dim is {dim}"
-        wanted = f"an even number from 2 to head_dim {head_dim} was wanted"
-        fail(ValueError, CALL, came, wanted, "pass rotary_dim= for the elements that are turned")
+        dim = as_int(CALL, "rotary_dim", rotary_dim, 2)
+        if share is not None and dim != share:
+            name = "rotary_dim" if _fits(share, head_dim) else "partial_rotary_factor"
+            wanted = "one of them was wanted, or the same twice"
+            fail(ValueError, CALL, f"rotary_dim is {dim} and {came}", wanted, f"leave {name} out")
+        came = f"rotary_dim is {dim}"
+    if not _fits(dim, head_dim):
+        near = " or ".join(str(even) for even in range(dim - 1, dim + 3) if _fits(even, head_dim))
+        fix = f"pass rotary_dim={near or head_dim - head_dim % 2}"
+        fix += "" if share is None else ", and leave partial_rotary_factor out"
+        fail(ValueError, CALL, came, f"an even number from 2 to head_dim {head_dim} was wanted", fix)
     return dim
+
+
+def _share(head_dim: int, given: Mapping[str, Any]) -> int | None:
+    """Elements by partial_rotary_factor, or None."""
+    if "partial_rotary_factor" not in given:
+        return None
+    name = "scaling['partial_rotary_factor']"
+    factor = as_real(CALL, name, given["partial_rotary_factor"], "pass a number up to 1.0")
+    if not 0 < factor <= 1:
+        fail(ValueError, CALL, f"{name} is {factor}", "a number above 0 and up to 1 was wanted", "pass 1.0 for all")
+    return int(head_dim * factor)
+
+
+def _fits(dim: int, head_dim: int) -> bool:
+    """Whether so many elements of a head can be turned."""
+    return dim % 2 == 0 and 2 <= dim <= head_dim
 
 
 # ---- the types ----

@@ -73,6 +73,29 @@ def test_a_bad_construction_is_named(error: type[Exception], message: str, optio
     assert re.match(r"RotaryEmbedding\(\): .+; .+: .+", str(raised.value))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "rotary_dim", "dims"),
+    [(48, 0.4, None, [18, 20]), (48, 0.4, 19, [18, 20]), (48, 0.01, None, [2]), (48, None, 50, [48]),
+     (7, None, None, [6]), (7, 1.0, None, [6]), (7, None, 9, [6])],
+)  # fmt: skip
+def test_the_dim_that_is_offered_works(head_dim: int, factor: Any, rotary_dim: Any, dims: list[int]) -> None:
+    """Advice that leads to the next refusal is none."""
+    without = "" if factor is None else ", and leave partial_rotary_factor out"
+    with pytest.raises(ValueError, match=f"pass rotary_dim={' or '.join(map(str, dims))}{without}$"):
+        RotaryEmbedding(head_dim, rotary_dim=rotary_dim, scaling={"partial_rotary_factor": factor})
+    for dim in dims:
+        assert RotaryEmbedding(head_dim, rotary_dim=dim).rotary_dim == dim
+
+
+@pytest.mark.parametrize(("factor", "name"), [(0.4, "partial_rotary_factor"), (0.5, "rotary_dim")])
+def test_of_two_that_differ_one_that_fits_may_stay(factor: float, name: str) -> None:
+    given: dict[str, Any] = {"rotary_dim": 20, "scaling": {"rope_type": "default", "partial_rotary_factor": factor}}
+    with pytest.raises(ValueError, match=f"rotary_dim is 20 and .*: leave {name} out$"):
+        RotaryEmbedding(48, **given)
+    (given if name in given else given["scaling"]).pop(name)
+    RotaryEmbedding(48, **given)
+
+
 @pytest.mark.parametrize(("error", "head_dim"), [(ValueError, 1), (ValueError, 7), (TypeError, 8.0), (TypeError, None)])
 def test_a_bad_head_dim(error: type[Exception], head_dim: Any) -> None:
     with pytest.raises(error, match=r"head_dim"):
