@@ -19,7 +19,6 @@ GROUPED = {"num_key_value_heads": 2}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 6.0]}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 500.0}  # fmt: skip
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 
 MODELS = {
     "llama": GROUPED,
@@ -132,8 +131,7 @@ def test_older_configs_keep_rope_beside(tmp_path):
         ("gpt_neox", {"rotary_emb_base": 500, "rotary_pct": 0.5}),
         ("phi", {"rope_theta": 500.0, "partial_rotary_factor": 0.75, "rope_scaling": None}),
         ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
-        ("llama", {"rope_scaling": YARN, "original_max_position_embeddings": 32}),
-        ("llama", {"rope_scaling": YARN, "rope_parameters": LLAMA3}),
+        ("llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}),
         ("phi3", {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 8}}),
         ("stablelm", {}),
         ("cohere", {}),

@@ -223,7 +223,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
             for rope in (YARN, LONGROPE, LLAMA3)
         ),
         {"rope_parameters": without(LONGROPE, "factor"), ORIGINAL: 32},  # and the dict says 16
-        {"rope_parameters": YARN, ORIGINAL: 32},
+        {"rope_parameters": YARN, ORIGINAL: 512},
         {"rope_scaling": LINEAR, ORIGINAL: 16},  # linear does not read it
         {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
         {"rope_scaling": LINEAR, "rope_parameters": YARN, "rope_theta": 500.0},
