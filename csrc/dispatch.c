@@ -2,6 +2,7 @@
  *
  * The list stands widest first; adding an instruction set is its extern line and its row.
  * Called by attention.c for the tables and by python/module.c for the names. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "dispatch.h"
 
 #include <stdatomic.h>
@@ -9,7 +10,12 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
+extern const struct gqa_kernels gqa_amx_bf16_f32;
 extern const struct gqa_kernels gqa_avx512_bf16_f32;
 extern const struct gqa_kernels gqa_avx512_f32, gqa_avx512_f64, gqa_avx2_f32, gqa_avx2_f64;
 
@@ -32,6 +38,23 @@ static bool has_avx512_bf16(void) {
     return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & 1u << 5;
 }
 
+/* Linux gives a process the room for matrix registers when it asks, once and for all its threads. */
+static bool may_use_matrices(void) {
+#if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+static bool has_amx_bf16(void) {
+    const unsigned amx = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE */
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & amx) == amx &&
+           may_use_matrices();
+}
+
 /* Whether pairs of bfloat16 go faster than floats: on Zen 4 twice as fast; on Emerald Rapids an instruction takes the
  * time of four multiply-adds, so half as fast. */
 static bool has_fast_bf16(void) { return has_avx512_bf16() && __builtin_cpu_is("amd"); }
@@ -52,6 +75,7 @@ static const struct isa {
     const struct gqa_kernels *f32, *f64;
 } isas[] = {
 #if defined(__x86_64__)
+    {"amx_bf16", has_amx_bf16, NULL, &gqa_amx_bf16_f32, &gqa_avx512_f64},
     {"avx512_bf16", has_avx512_bf16, has_fast_bf16, &gqa_avx512_bf16_f32, &gqa_avx512_f64},
     {"avx512", has_avx512, NULL, &gqa_avx512_f32, &gqa_avx512_f64},
     {"avx2", has_avx2, NULL, &gqa_avx2_f32, &gqa_avx2_f64},

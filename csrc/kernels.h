@@ -18,6 +18,7 @@
 
 enum {
     GQA_KEY_TILE = 128,     /* keys that share one score tile */
+    GQA_TURNED = 128 + 32,  /* and what a row of turned values takes, zeros included */
     GQA_FEW_PIECE = 16,     /* keys that outer_few sums before it adds to c: calls cut there change no bit */
     GQA_FETCH_AHEAD = 8192, /* bytes: about what memory delivers before it is needed */
     GQA_FETCH_LINES = 8,    /* about what a core reads from memory ... */
@@ -73,16 +74,29 @@ struct gqa_kernels {
                 ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim) of dtype, row stride k_stride */
                 ptrdiff_t k_stride, enum gqa_dtype dtype, int keys, int head_dim, ptrdiff_t ahead);
 
-    /* The same products of bfloat16 queries and keys of an even head_dim, times scale; NULL where the CPU has no
-     * instruction for pairs of them, in which a subnormal counts as 0.  c is written only. */
+    /* The same products of bfloat16 queries and keys of an even head_dim, times scale; each NULL where the CPU has no
+     * instruction for pairs of them, in which a subnormal counts as 0, or none that is faster.  c is written only. */
     void (*outer_pairs)(void *c,                     /* (n, lanes), row stride row_tile */
-                        double scale, const void *a, /* (count, lanes) pairs, row stride row_tile */
+                        double scale, const void *a, /* (count, lanes) pairs, row stride row_tile; zeros up to a
+                                                      * multiple of `lanes` rows */
                         int lanes, const void *b,    /* (n, 2 * count), row stride b_stride */
                         ptrdiff_t b_stride, int n, int count);
     void (*dot_pairs)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
                       double scale, const void *q,                 /* (rows, head_dim), zero-padded */
                       ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim), row stride k_stride */
                       ptrdiff_t k_stride, int keys, int head_dim, ptrdiff_t ahead);
+
+    /* bfloat16 values for weigh_pairs, key beside key: zeros for the keys and dims that are not there, and for what is
+     * not finite; whether all was.  NULL where outer is as fast. */
+    bool (*turn_pairs)(void *to,      /* (width, GQA_TURNED), width padded to whole vectors */
+                       const void *v, /* (keys, width), row stride `stride` */
+                       ptrdiff_t stride, int keys, int width);
+    /* c[n][lane] = c[n][lane] * scale[lane] + sum over t of s[t][lane] * turned[n][t]. */
+    void (*weigh_pairs)(void *c,                       /* (n, lanes), row stride row_tile */
+                        const void *scale,             /* (lanes,) */
+                        const void *s,                 /* (count, lanes), row stride row_tile */
+                        int lanes, const void *turned, /* from turn_pairs */
+                        int n, int count);
 
     /* Scores become weights exp(s - max) in place, and the running maximum m and sum l of each
      * row take them in; alpha = exp(old m - new m).  Key j of a row is live when lo <= j < hi

@@ -213,9 +213,8 @@ static void divide(void *c, ptrdiff_t stride, int n, int lanes, const void *l, b
 }
 
 /* A square of vectors, its rows made columns: each step interleaves its halves. */
-BLOCK void turn_square(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t from_stride) {
-    vec x[LANES], y[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) x[i] = vload(from + i * from_stride);
+BLOCK void turn_vectors(vec x[LANES]) {
+    vec y[LANES];
     UNROLL for (int step = 1; step < LANES; step *= 2) {
         UNROLL for (int i = 0; i < LANES / 2; i++) {
             y[2 * i] = vzip_low(x[i], x[i + LANES / 2]);
@@ -223,6 +222,12 @@ BLOCK void turn_square(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_
         }
         UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
     }
+}
+
+BLOCK void turn_square(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t from_stride) {
+    vec x[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) x[i] = vload(from + i * from_stride);
+    turn_vectors(x);
     UNROLL for (int i = 0; i < LANES; i++) vstore(to + i * to_stride, x[i]);
 }
 
@@ -232,6 +237,10 @@ static void turn(void *to, ptrdiff_t to_stride, const void *from, ptrdiff_t from
             turn_square((real *)to + t * to_stride + i, to_stride, (const real *)from + i * from_stride + t,
                         from_stride);
 }
+
+#ifdef MATRICES
+#include "matrices_tmpl.h"
+#endif
 
 BLOCK bool rows_finite(const char *row, ptrdiff_t step, const enum gqa_dtype dtype, int n, int width) {
     vec seen = vset(0); /* 0 * x is NaN unless x is finite */
@@ -260,9 +269,13 @@ const struct gqa_kernels KERNELS = {
     .outer_few = outer_few,
     .outer_few_careful = outer_few_careful,
     .dot = dot,
-#ifdef PAIRS
+#if defined(PAIRS)
     .outer_pairs = outer_pairs,
     .dot_pairs = dot_pairs,
+#elif defined(MATRICES)
+    .outer_pairs = outer_pairs,
+    .turn_pairs = turn_pairs,
+    .weigh_pairs = weigh_pairs,
 #endif
     .soften_lanes = soften_lanes,
     .soften_rows = soften_rows,

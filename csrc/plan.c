@@ -137,8 +137,7 @@ static void unpack(struct gqa_plan *plan, const struct gqa_attention *problem) {
 
 /* The types and head_dim alone decide: the same bits however the arrays lie. */
 static bool goes_by_pairs(const struct gqa_plan *plan) {
-    return plan->kernels->outer_pairs && plan->query.dtype == GQA_BFLOAT16 && plan->key.dtype == GQA_BFLOAT16 &&
-           plan->head_dim % 2 == 0;
+    return plan->query.dtype == GQA_BFLOAT16 && plan->key.dtype == GQA_BFLOAT16 && plan->head_dim % 2 == 0;
 }
 
 static void take_rules(struct gqa_plan *plan, const struct gqa_attention *problem) {
@@ -150,7 +149,6 @@ static void take_rules(struct gqa_plan *plan, const struct gqa_attention *proble
     plan->left = problem->left == GQA_OPEN ? GQA_FAR : problem->left;
     plan->right = problem->right == GQA_OPEN ? GQA_FAR : problem->right;
     if (problem->causal) plan->right = 0;
-    plan->paired = goes_by_pairs(plan);
     plan->biased = plan->mask.data || plan->slopes.data || plan->key_positions.data;
 }
 
@@ -196,6 +194,9 @@ void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, i
 static struct gqa_form shape_tile(const struct gqa_plan *plan, bool few) {
     const struct gqa_kernels *kernels = plan->kernels;
     struct gqa_form form = {.few = few, .tile_rows = kernels->row_tile};
+    form.paired = goes_by_pairs(plan) && (few ? kernels->dot_pairs != NULL : kernels->outer_pairs != NULL);
+    form.turned = form.paired && !few && kernels->weigh_pairs && plan->value.dtype == GQA_BFLOAT16;
+    form.aligned = few || form.turned;
     if (few) form.tile_rows = gqa_max(1, gqa_min(plan->rows, kernels->few_rows));
     form.o_rows = (int)(few ? form.tile_rows : gqa_round_up(plan->v_dim, kernels->lanes)); /* to be turned */
     form.o_lanes = few ? (int)gqa_round_up(plan->v_dim, kernels->lanes) : kernels->row_tile;

@@ -33,6 +33,9 @@ struct gqa_operand {
  * each query: row = i * group + head in group. */
 struct gqa_form {
     bool few;
+    bool paired;                /* bfloat16 queries and keys are multiplied as they are: see outer_pairs in kernels.h */
+    bool turned;                /* and values: see weigh_pairs */
+    bool aligned;               /* keys begin with a tile's first: how sums group them must not depend on the rows */
     int64_t tile_rows;          /* rows of a full tile */
     int o_rows, o_lanes, stats; /* a tile's output is (o_rows, o_lanes) reals, densely; its statistics stats each */
     size_t tile_bytes;          /* one row tile's o, m and l */
@@ -58,7 +61,6 @@ struct gqa_plan {
     int64_t left, right; /* the window around p_i, causal taken in; GQA_FAR where open */
     double dropout_p;
     uint64_t seed;
-    bool paired; /* bfloat16 queries and keys are multiplied as they are: see outer_pairs in kernels.h */
     bool biased; /* the bias tile is in use: a mask, slopes or key positions */
 
     struct gqa_form lanes, few;

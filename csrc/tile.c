@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "bias.h"
+#include "upcoming.h"
 #include "view.h"
 #include "weigh.h"
 
@@ -31,22 +32,49 @@ struct step {
     char *o, *m, *l;    /* its accumulators */
 };
 
+/* Rows of bfloat16 as they are, in place where they lie in one run. */
+static struct gqa_rows view_pairs(const struct gqa_plan *plan, const struct gqa_unit *unit,
+                                  const struct gqa_operand *operand, const struct key_tile *keys, char *scratch) {
+    static const struct gqa_operand no_scales;
+    const int64_t count = keys->end - keys->first;
+    const bool one_run = gqa_view_run(plan, operand, unit, keys->first, count).count == count;
+    const struct gqa_rows rows = one_run ? gqa_stream_keys(plan, operand, unit, keys->first, keys->end, scratch).rows
+                                         : gqa_view_keys(plan, operand, &no_scales, unit, keys->first, count, scratch);
+    return gqa_narrow_rows(plan, rows, count, operand->width, scratch);
+}
+
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
-    const int64_t count = keys->end - keys->first;
-    const struct gqa_run run = gqa_view_run(plan, &plan->key, unit, keys->first, count);
-    if (plan->paired && run.count == count)
-        keys->key = gqa_stream_keys(plan, &plan->key, unit, keys->first, keys->end, work->key).rows;
+    if (unit->form->paired)
+        keys->key = view_pairs(plan, unit, &plan->key, keys, work->key);
     else
-        keys->key = gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, count, work->key);
-    if (plan->paired) keys->key = gqa_narrow_rows(plan, keys->key, count, plan->head_dim, work->key);
+        keys->key =
+            gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, keys->end - keys->first, work->key);
+}
+
+static void load_reals(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                       struct key_tile *keys) {
+    keys->value =
+        gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, work->value);
+}
+
+static bool all_finite(const struct gqa_plan *plan, const struct key_tile *keys) {
+    const struct gqa_rows *value = &keys->value;
+    return plan->kernels->all_finite(value->data, value->stride, value->dtype, (int)(keys->end - keys->first),
+                                     (int)plan->v_dim);
 }
 
 static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                         struct key_tile *keys) {
-    keys->value =
-        gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, work->value);
     keys->state = UNKNOWN;
+    if (!unit->form->turned) {
+        load_reals(plan, unit, work, keys);
+        return;
+    }
+    keys->value = view_pairs(plan, unit, &plan->value, keys, work->value);
+    const bool finite = plan->kernels->turn_pairs(work->turned, keys->value.data, keys->value.stride,
+                                                  (int)(keys->end - keys->first), (int)plan->v_dim);
+    keys->state = finite ? FINITE : NOT_FINITE;
 }
 
 static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
@@ -63,7 +91,7 @@ static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit 
         step.first = gqa_min(step.first, work->row_lo[r]);
         step.end = gqa_max(step.end, work->row_hi[r]);
     }
-    step.first = form->few ? keys->first : gqa_max(step.first, keys->first);
+    step.first = form->aligned ? keys->first : gqa_max(step.first, keys->first);
     step.end = gqa_min(step.end, keys->end);
     step.masked = plan->mask.data || plan->key_positions.data || all_lo > step.first || all_hi < step.end;
     const int64_t real = (int64_t)plan->kernels->real_size;
@@ -92,12 +120,7 @@ static int lanes_of(const struct gqa_plan *plan, const struct step *step) {
 
 /* A masked slot's weight is 0, and 0 * NaN would leak: whether it could. */
 static bool needs_care(const struct gqa_plan *plan, const struct step *step, struct key_tile *keys) {
-    if (step->masked && keys->state == UNKNOWN) {
-        const int count = (int)(keys->end - keys->first);
-        const bool finite =
-            plan->kernels->all_finite(keys->value.data, keys->value.stride, keys->value.dtype, count, (int)plan->v_dim);
-        keys->state = finite ? FINITE : NOT_FINITE;
-    }
+    if (step->masked && keys->state == UNKNOWN) keys->state = all_finite(plan, keys) ? FINITE : NOT_FINITE;
     return step->masked && keys->state == NOT_FINITE;
 }
 
@@ -128,14 +151,14 @@ static void scale_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
     }
 }
 
-static void score_piece(const struct gqa_plan *plan, const struct gqa_work *work, const struct step *step,
-                        int64_t first, const struct gqa_piece *piece) {
+static void score_piece(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
+                        const struct step *step, int64_t first, const struct gqa_piece *piece) {
     const struct gqa_kernels *kernels = plan->kernels;
     char *scores = step->scores + (first - step->first) * (int64_t)kernels->real_size;
     const struct gqa_rows *key = &piece->rows;
     const int keys = (int)(piece->end - first), head_dim = (int)plan->head_dim;
-    const ptrdiff_t q_reals = (ptrdiff_t)gqa_row_reals(plan);
-    if (plan->paired) {
+    const ptrdiff_t q_reals = (ptrdiff_t)gqa_row_reals(plan, unit->form);
+    if (unit->form->paired) {
         const struct gqa_rows narrow = gqa_narrow_rows(plan, *key, keys, head_dim, work->key);
         kernels->dot_pairs(scores, plan->scale, work->query, 2 * q_reals, step->rows, narrow.data, narrow.stride, keys,
                            head_dim, piece->ahead);
@@ -150,7 +173,7 @@ static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, 
     struct gqa_piece piece;
     for (int64_t first = step->first; first < step->end; first = piece.end) {
         piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, work->key);
-        score_piece(plan, work, step, first, &piece);
+        score_piece(plan, unit, work, step, first, &piece);
     }
     if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
 }
@@ -162,7 +185,7 @@ static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, stru
     const char *query = gqa_query_tile(plan, unit, work, tile), *key = from_first(plan, step, keys, &keys->key);
     if (unit->form->few)
         score_few(plan, unit, work, step);
-    else if (plan->paired)
+    else if (unit->form->paired)
         kernels->outer_pairs(step->scores, plan->scale, query, lanes_of(plan, step), key, keys->key.stride, count,
                              head_dim / 2);
     else
@@ -215,12 +238,33 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
     }
 }
 
-static void add_values(const struct gqa_plan *plan, struct gqa_work *work, const struct step *step,
-                       struct key_tile *keys, struct gqa_fetch *next) {
+static void add_reals(const struct gqa_plan *plan, const struct step *step, const char *alpha, struct key_tile *keys,
+                      struct gqa_fetch *next) {
     const struct gqa_kernels *kernels = plan->kernels;
     gqa_outer *outer = needs_care(plan, step, keys) ? kernels->outer_careful : kernels->outer;
-    outer(step->o, work->alpha, step->scores, lanes_of(plan, step), from_first(plan, step, keys, &keys->value), 1,
+    outer(step->o, alpha, step->scores, lanes_of(plan, step), from_first(plan, step, keys, &keys->value), 1,
           keys->value.stride, (int)plan->v_dim, (int)(step->end - step->first), next);
+}
+
+/* Turned values are all finite: the others are added on their own, which changes no bit of a row that masks them. */
+static void add_turned(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                       const struct step *step, struct key_tile *keys) {
+    plan->kernels->weigh_pairs(step->o, work->alpha, step->scores, lanes_of(plan, step), work->turned, (int)plan->v_dim,
+                               (int)(step->end - step->first));
+    if (keys->state == FINITE) return;
+    load_reals(plan, unit, work, keys);
+    float *value = (float *)(void *)work->value;
+    for (int64_t i = 0; i < (keys->end - keys->first) * plan->v_dim; i++)
+        if (isfinite(value[i])) value[i] = 0;
+    add_reals(plan, step, work->ones, keys, NULL);
+}
+
+static void add_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                       const struct step *step, struct key_tile *keys, struct gqa_fetch *next) {
+    if (unit->form->turned)
+        add_turned(plan, unit, work, step, keys);
+    else
+        add_reals(plan, step, work->alpha, keys, next);
 }
 
 static void drop_out(const struct gqa_plan *plan, const struct gqa_unit *unit, int64_t tile, const struct step *step) {
@@ -243,63 +287,6 @@ static struct key_tile key_tile_at(int64_t first, int64_t end) {
     return (struct key_tile){.first = first, .end = gqa_min(next_tile(first), end)};
 }
 
-/* ---- many rows ---- */
-
-/* What will be read next, in that order: products bring it nearer. */
-struct upcoming {
-    struct gqa_fetch part[5];
-    int count;
-};
-
-static void expect(struct upcoming *upcoming, struct gqa_fetch part) {
-    if (part.rows > 0) upcoming->part[upcoming->count++] = part;
-}
-
-/* The first of them that is not yet all asked for, or NULL. */
-static struct gqa_fetch *next_of(struct upcoming *upcoming) {
-    for (int i = 0; i < upcoming->count; i++)
-        if (upcoming->part[i].rows > 0) return &upcoming->part[i];
-    return NULL;
-}
-
-/* The keys from `first` on, at most a tile of them, as far as they lie in one run. */
-static struct gqa_fetch keys_to_come(const struct gqa_plan *plan, const struct gqa_unit *unit,
-                                     const struct gqa_operand *operand, int64_t first, int64_t end) {
-    if (first >= end || operand->column != operand->size) return (struct gqa_fetch){0};
-    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(GQA_KEY_TILE, end - first));
-    return gqa_rows_to_come((uintptr_t)run.at, operand->row, run.count, operand->width * operand->size,
-                            GQA_FETCH_LINES);
-}
-
-/* A unit's queries: of all its heads where heads or queries follow each other in memory, else of the first. */
-static struct gqa_fetch queries_to_come(const struct gqa_plan *plan, const struct gqa_unit *unit) {
-    const struct gqa_operand *query = &plan->query;
-    const int64_t width = query->width * query->size;
-    const int64_t first = unit->first_row / plan->group, count = gqa_ceil_div(unit->rows, plan->group);
-    if (query->column != query->size) return (struct gqa_fetch){0};
-    const uintptr_t at = (uintptr_t)gqa_operand_at(plan, query, unit->sequence, unit->kv_head * plan->group) +
-                         (uintptr_t)(first * query->row);
-    if (query->row == width) return gqa_rows_to_come(at, query->head, plan->group, count * width, GQA_FETCH_LINES);
-    return gqa_rows_to_come(at, query->row, count, query->head == width ? plan->group * width : width, GQA_FETCH_LINES);
-}
-
-/* In place, this tile's values are still to be read; where they were loaded, those after them are next. */
-static struct upcoming after_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct key_tile *keys,
-                                  bool loaded) {
-    struct upcoming upcoming = {.count = 0};
-    expect(&upcoming, keys_to_come(plan, unit, &plan->value, loaded ? keys->end : keys->first, unit->hi));
-    expect(&upcoming, keys_to_come(plan, unit, &plan->key, keys->end, unit->hi));
-    if (keys->end < unit->hi || unit->after == plan->units) return upcoming;
-    const struct gqa_unit after = gqa_plan_unit(plan, unit->after);
-    int64_t first, end;
-    if (after.rows == 0) return upcoming;
-    gqa_plan_bounds(plan, &after, after.first_row / plan->group, &first, &end); /* rows after it end later */
-    expect(&upcoming, queries_to_come(plan, &after));
-    expect(&upcoming, keys_to_come(plan, &after, &plan->key, first, after.seq_k));
-    if (loaded) expect(&upcoming, keys_to_come(plan, &after, &plan->value, first, after.seq_k));
-    return upcoming;
-}
-
 /* Every row tile of the unit takes its turn at each key tile. */
 static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                          int64_t first, int64_t end, struct gqa_job *job) {
@@ -307,14 +294,15 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
         struct key_tile keys = key_tile_at(first, end);
         load_keys(plan, unit, work, &keys);
         load_values(plan, unit, work, &keys);
-        struct upcoming upcoming = after_tile(plan, unit, &keys, keys.value.data == work->value);
+        const bool loaded = keys.value.data == work->value;
+        struct gqa_upcoming upcoming = gqa_upcoming_after(plan, unit, keys.first, keys.end, loaded);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first >= step.end) continue;
-            score(plan, unit, work, tile, &step, &keys, next_of(&upcoming));
+            score(plan, unit, work, tile, &step, &keys, gqa_upcoming_next(&upcoming));
             soften(plan, unit, work, tile, &step, step.m, step.l);
             drop_out(plan, unit, tile, &step);
-            add_values(plan, work, &step, &keys, next_of(&upcoming));
+            add_values(plan, unit, work, &step, &keys, gqa_upcoming_next(&upcoming));
         }
     }
 }

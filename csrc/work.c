@@ -32,6 +32,7 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
     work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
+    work->turned = take(&cursor, plan->lanes.turned ? v_dim * GQA_TURNED * (int64_t)sizeof(uint16_t) : 0);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
     work->rows = take(&cursor, lanes * gqa_max(GQA_KEY_TILE, gqa_max(head_dim, v_dim)) * real);
     work->lo = take(&cursor, tile_rows * real);
@@ -57,15 +58,17 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
 
 char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
                      int64_t tile) {
-    return work->query + tile * gqa_row_reals(plan) * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
+    return work->query +
+           tile * gqa_row_reals(plan, unit->form) * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
 }
 
 /* A row of the kv head, whose queries begin at `head`: scaled reals, or bfloat16 as it came. */
-static void pack_row(const struct gqa_plan *plan, struct gqa_work *work, const char *head, int64_t row, char *to) {
+static void pack_row(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, const char *head,
+                     int64_t row, char *to) {
     const struct gqa_kernels *kernels = plan->kernels;
     const char *at = head + row % plan->group * plan->query.head + row / plan->group * plan->query.row;
     const struct gqa_rows from = gqa_view_rows(kernels, &plan->query, at, 1, work->row);
-    if (plan->paired)
+    if (unit->form->paired)
         memcpy(to, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data,
                (size_t)plan->head_dim * sizeof(uint16_t));
     else
@@ -76,13 +79,13 @@ static void pack_row(const struct gqa_plan *plan, struct gqa_work *work, const c
 static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
     const struct gqa_kernels *kernels = plan->kernels;
     const int64_t lanes = kernels->lanes, real = (int64_t)kernels->real_size, tile_rows = unit->form->tile_rows;
-    const int64_t width = gqa_row_reals(plan), side = unit->form->few ? unit->rows : lanes;
+    const int64_t width = gqa_row_reals(plan, unit->form), side = unit->form->few ? unit->rows : lanes;
     const char *head = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
     char *rows = unit->form->few ? work->query : work->rows;
     for (int64_t first = 0; first < unit->rows; first += side) {
         memset(rows, 0, (size_t)(side * width * real)); /* what is padded, and lanes without a row */
         for (int64_t r = first; r < gqa_min(first + side, unit->rows); r++)
-            pack_row(plan, work, head, unit->first_row + r, rows + (r - first) * width * real);
+            pack_row(plan, unit, work, head, unit->first_row + r, rows + (r - first) * width * real);
         if (unit->form->few) continue;
         char *tile = gqa_query_tile(plan, unit, work, first / tile_rows);
         kernels->turn(tile + first % tile_rows * real, tile_rows, rows, width, (int)lanes, (int)width);
@@ -99,6 +102,5 @@ void gqa_unit_begin(const struct gqa_plan *plan, struct gqa_unit *unit, struct g
         unit->lo = gqa_min(unit->lo, work->row_lo[r]);
         unit->hi = gqa_max(unit->hi, work->row_hi[r]);
     }
-    /* few rows' keys lie in lanes: which lane must not depend on the rows */
-    if (unit->form->few) unit->lo -= unit->lo % GQA_KEY_TILE;
+    if (unit->form->aligned) unit->lo -= unit->lo % GQA_KEY_TILE;
 }

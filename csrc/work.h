@@ -11,6 +11,7 @@ struct gqa_work {
     char *scores;            /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
     char *bias;              /* one tile's shape */
     char *key, *value;       /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
+    char *turned;            /* (v_dim, GQA_TURNED) bfloat16, v_dim padded: values for weigh_pairs */
     char *row;               /* one row of anything */
     char *rows;              /* (lanes, head_dim, v_dim or GQA_KEY_TILE, padded): rows to be turned, or that were */
     char *lo, *hi, *alpha;   /* (stats,) */
@@ -27,8 +28,8 @@ struct gqa_work {
 size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *scratch);
 
 /* Reals that a packed row of queries takes, padded; pairs of bfloat16 are as long as a float. */
-static inline int64_t gqa_row_reals(const struct gqa_plan *plan) {
-    return gqa_round_up(plan->paired ? plan->head_dim / 2 : plan->head_dim, plan->kernels->lanes);
+static inline int64_t gqa_row_reals(const struct gqa_plan *plan, const struct gqa_form *form) {
+    return gqa_round_up(form->paired ? plan->head_dim / 2 : plan->head_dim, plan->kernels->lanes);
 }
 
 /* Packs the unit's queries and finds its rows' bounds, and with them the unit's lo and hi. */

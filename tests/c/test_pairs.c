@@ -59,7 +59,8 @@ static void test_outer_of(int lanes, int keys, int head_dim, enum kind kind, dou
     const ptrdiff_t k_stride = head_dim + 3, c_stride = kernels->row_tile;
     double *q_values, *k_values, size;
     char *drawn_q = draw((ptrdiff_t)lanes * head_dim, kind, &q_values);
-    char *k = draw((keys - 1) * k_stride + head_dim, kind, &k_values), *q = calloc((size_t)(c_stride * head_dim), 2);
+    char *k = draw((keys - 1) * k_stride + head_dim, kind, &k_values);
+    char *q = calloc((size_t)(c_stride * padded(head_dim / 2)), 4); /* zeros up to a multiple of lanes pairs */
     void *c = reals(keys * c_stride, 7e7);
     if (!q) exit(3);
     for (int lane = 0; lane < lanes; lane++)
@@ -80,15 +81,68 @@ static void test_outer_of(int lanes, int keys, int head_dim, enum kind kind, dou
     free(drawn_q), free(k), free(q), free(c), free(q_values), free(k_values);
 }
 
+static uint16_t turned_bits(const char *turned, int d, int t) {
+    uint16_t bits;
+    memcpy(&bits, turned + (d * GQA_TURNED + t) * 2, sizeof bits);
+    return bits;
+}
+
+/* Values key beside key; one of every three is not finite where told so. */
+static char *turn_values(const char *v, ptrdiff_t v_stride, int keys, int width, bool finite) {
+    char *turned = malloc((size_t)(padded(width) * GQA_TURNED * 2));
+    if (!turned) exit(3);
+    memset(turned, 0xff, (size_t)(padded(width) * GQA_TURNED * 2));
+    if (kernels->turn_pairs(turned, v, v_stride, keys, width) != finite) expect("finite", 0, 0, !finite, finite, 0);
+    for (int d = 0; d < padded(width); d++)
+        for (int t = 0; t < GQA_TURNED; t++) {
+            uint16_t wanted = 0;
+            if (d < width && t < keys) memcpy(&wanted, v + (t * v_stride + d) * 2, 2);
+            if ((wanted & 0x7f80) == 0x7f80) wanted = 0;
+            expect("turned", d, t, turned_bits(turned, d, t), wanted, 0);
+        }
+    return turned;
+}
+
+static void test_weigh_of(int lanes, int keys, int width, enum kind kind, bool finite) {
+    const ptrdiff_t v_stride = width + 3, c_stride = kernels->row_tile;
+    double *v_values;
+    char *v = draw((keys - 1) * v_stride + width, kind, &v_values);
+    const uint16_t not_finite[] = {0x7f80, 0xff80, 0x7fc0};
+    for (int t = 0; t < keys && !finite; t += 3) {
+        memcpy(v + 1 + (t * v_stride + t % width) * 2, &not_finite[t % COUNT(not_finite)], 2);
+        v_values[t * v_stride + t % width] = 0;
+    }
+    char *turned = turn_values(v + 1, v_stride, keys, width, finite);
+    void *c = drawn(width * c_stride, RANDOM), *before = copy_of(c, width * c_stride), *scale = drawn(c_stride, RANDOM);
+    void *s = reals(keys * c_stride, 0);
+    for (ptrdiff_t i = 0; i < keys * c_stride; i++) put(s, i, chance() < 0.2 ? 0 : chance());
+    kernels->weigh_pairs(c, scale, s, lanes, turned, width, keys);
+    for (int d = 0; d < width; d++)
+        for (int lane = 0; lane < (int)c_stride; lane++) {
+            double wanted = get(before, d * c_stride + lane), size = 0;
+            if (lane < lanes) wanted *= get(scale, lane), size = fabs(wanted);
+            for (int t = 0; t < keys && lane < lanes; t++) {
+                const double value = v_values[t * v_stride + d];
+                const double term = fabs(value) < tiny() ? 0 : get(s, t * c_stride + lane) * value;
+                wanted += term, size += fabs(term);
+            }
+            expect("c", d, lane, get(c, d * c_stride + lane), wanted, (keys + 4) * (epsilon() * size + tiny()));
+        }
+    judge("weigh_pairs", lanes, keys, width, (int)kind);
+    free(v), free(v_values), free(turned), free(c), free(before), free(scale), free(s);
+}
+
 static void test_table(void) {
     static const int head_dims[] = {2, 4, 14, 16, 30, 32, 34, 62, 64, 66, 128, 130};
     if (!kernels->outer_pairs) return;
     for (int i = 0; i < COUNT(head_dims); i++)
         for (int j = 0; j < COUNT(key_sizes); j++) {
             const enum kind kind = (enum kind)((i + j) % KINDS);
-            test_dot_of(few_sizes[(i + j) % COUNT(few_sizes)], key_sizes[j], head_dims[i], kind, j % 2 ? 0.125 : -0.3);
-            test_outer_of(tile_lanes(padded(lane_sizes[(i + 2 * j) % COUNT(lane_sizes)])), key_sizes[j], head_dims[i],
-                          kind, j % 2 ? 0.125 : -0.3);
+            const int rows = few_sizes[(i + j) % COUNT(few_sizes)];
+            const int lanes = tile_lanes(padded(lane_sizes[(i + 2 * j) % COUNT(lane_sizes)]));
+            if (kernels->dot_pairs) test_dot_of(rows, key_sizes[j], head_dims[i], kind, j % 2 ? 0.125 : -0.3);
+            test_outer_of(lanes, key_sizes[j], head_dims[i], kind, j % 2 ? 0.125 : -0.3);
+            if (kernels->weigh_pairs) test_weigh_of(lanes, key_sizes[j], head_dims[i] - i % 2, kind, j % 4 != 3);
         }
 }
 
