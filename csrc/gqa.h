@@ -52,7 +52,7 @@ struct gqa_attention {
     struct gqa_array mask;  /* broadcasts to (..., Hq, Sq, Sk); bool or float */
     struct gqa_array out;   /* (..., Hq, Sq, Dv), query's dtype; same memory as query or disjoint */
     struct gqa_array lse;   /* (..., Hq, Sq) float32, or float64 beside float64; or absent */
-    double scale;           /* used when has_scale, else 1 / sqrt(D) */
+    double scale;           /* used when has_scale, else 1 / sqrt(D); finite, in float32 0 or normal */
     bool has_scale;
     bool grouped; /* false: Hq must equal Hkv */
     bool causal;

@@ -17,6 +17,7 @@ import numpy as np
 from ._messages import ATTENTION, Array, fail, heads, kind
 
 SLOTS = ("query", "key", "value", "attn_mask")  # arrays whose rows attn_mask can drop
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
@@ -137,13 +138,17 @@ def as_real(call: str, name: str, thing: Any, fix: str) -> float:
         fail(bad, call, f"{name} is {kind(thing)}", "a real number was wanted", fix)
 
 
-def as_scale(call: str, thing: Any) -> float:
-    """A finite float."""
+def as_scale(call: str, thing: Any, dtype: np.dtype[Any], wider: str = "float64 arrays") -> float:
+    """A finite float that the arithmetic for ``dtype`` holds; ``wider`` is what to pass for float64's."""
     fix = "pass a float, or None for 1/sqrt(head_dim)"
     scale = thing if type(thing) is float else as_real(call, "scale", thing, fix)
     if not math.isfinite(scale):
         wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
         fail(ValueError, call, f"scale is {scale}", wanted, "leave it out or pass a finite one")
+    if scale and not _SMALLEST <= abs(scale) <= _LARGEST and dtype.itemsize < 8:
+        wanted = f"0 or a size from {_SMALLEST:.3g} to {_LARGEST:.3g} was wanted, as scores are made in float32"
+        fix = f"pass {wider}, or multiply query by it in float64 and pass scale=1.0"
+        fail(ValueError, call, f"scale is {scale}", wanted, fix)
     return scale
 
 

@@ -89,7 +89,7 @@ def _attend_by_rules(
         query, cached.keys, cached.values,
         None if attn_mask is None else _arguments.as_array(call, "attn_mask", attn_mask, "bools or floats"),
         _arguments.as_flag(call, "is_causal", is_causal), True,
-        None if scale is None else _arguments.as_scale(call, scale), True, rules,
+        None if scale is None else _arguments.as_scale(call, scale, query.dtype), True, rules,
     )  # fmt: skip
     wants_lse = _arguments.as_flag(call, "return_lse", return_lse)
     result = _core.attention(*problem, None, wants_lse) if out is None else attend_into(out, problem, wants_lse, call)

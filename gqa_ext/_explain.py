@@ -6,12 +6,12 @@ clarity is all that counts.  The checks that Python makes itself (_arguments.py 
 _rules.py) raise in the same way.
 """
 
-import math
 from typing import Any, NoReturn
 
 import numpy as np
 
 from . import _core
+from ._arguments import as_scale
 from ._messages import ATTENTION, FLOATS, ROPE, Array, brief, count, fail, fits, heads, kind, native, one_of, shapes
 from ._rules import Rules
 
@@ -48,8 +48,8 @@ def attention(
     shape = output_shape(query, key, value)
     if attn_mask is not None:
         check_mask(attn_mask, (*shape[:-1], key.shape[-2]))
-    if scale is not None:
-        check_scale(scale)
+    if isinstance(scale, float):
+        as_scale(ATTENTION, scale, query.dtype)
     if rules is not None:
         check_rules(rules, query, key, shape)
     if out is not None:
@@ -217,13 +217,6 @@ def mask_fix(mask: Array, target: tuple[int, ...]) -> str:
     if mask.ndim > 1 and fits(mask.swapaxes(-1, -2).shape, target):
         return "pass attn_mask.swapaxes(-1, -2), rows are queries"
     return "pass a mask of that shape, or with 1 in any place"
-
-
-def check_scale(scale: Any) -> None:
-    """A finite number."""
-    if isinstance(scale, float) and not math.isfinite(scale):
-        wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
-        fail(ValueError, ATTENTION, f"scale is {scale!r}", wanted, "leave it out or pass a finite one")
 
 
 def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) -> None:

@@ -48,7 +48,7 @@ def scaled_dot_product_attention(
         Row i sees no later key, p_j <= p_i. Both apply beside attn_mask. UserWarning if Sq != Sk and neither an
         alignment nor query_positions is given.
     scale : float, optional
-        Default 1 / sqrt(D).
+        Default 1 / sqrt(D). Finite, and where sums are made in float32 a size that it holds: 0, or 1.2e-38 to 3.4e38.
     enable_gqa : bool
         False (torch's default): heads broadcast like any dimension, so they must be equal or 1.
     {rules}
@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = _arguments.as_mask(attn_mask)
     if scale is not None:
-        scale = _arguments.as_scale(ATTENTION, scale)
+        scale = _arguments.as_scale(ATTENTION, scale, query.dtype)
     if not (type(is_causal) is type(enable_gqa) is type(return_lse) is bool):
         is_causal, enable_gqa, return_lse = _arguments.as_flags(
             is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)  # fmt: skip

@@ -80,7 +80,7 @@ def varlen_attention(
     options = (
         _arguments.as_flag(CALL, "is_causal", is_causal),
         _arguments.is_lower_right(causal_alignment, False, arrays[0], arrays[1], CALL),
-        None if scale is None else _arguments.as_scale(CALL, scale),
+        None if scale is None else _arguments.as_scale(CALL, scale, arrays[0].dtype),
     )
     wants_lse = _arguments.as_flag(CALL, "return_lse", return_lse)
     result, lse = _attend(arrays, options, rules, out)

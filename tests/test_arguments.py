@@ -91,9 +91,24 @@ def test_numpy_bools_are_bools(flag: Any) -> None:
     np.testing.assert_array_equal(attend(is_causal=flag), attend(is_causal=True))
 
 
-@pytest.mark.parametrize("scale", [1e39, -1e300])
-def test_a_scale_beyond_float32_leaves_scores_of_0_alone(scale: float) -> None:
-    np.testing.assert_array_equal(attend(query=0 * QUERY, scale=scale), attend(query=0 * QUERY, scale=1.0))
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+
+@pytest.mark.parametrize("scale", [LARGEST, -LARGEST, SMALLEST])
+def test_the_scales_that_float32_just_holds(scale: float) -> None:
+    """Queries of the other size make scores of about 1."""
+    other = np.float32(1 / scale)
+    np.testing.assert_allclose(attend(query=QUERY * other, scale=scale), attend(scale=1.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e40, -1e300, 1e-40])
+def test_float64_holds_scales_that_float32_does_not(scale: float) -> None:
+    """Beside float32 they were clamped: finite and wrong."""
+    query, key, value = np.array([[1 / scale]]), np.array([[1.0], [2.0]]), np.array([[0.0], [1.0]])
+    arrays = {"query": query, "key": key, "value": value}
+    np.testing.assert_allclose(attend(**arrays, scale=scale), 1 / (1 + np.exp(-1.0)))
+    with pytest.raises(ValueError, match="pass float64 arrays"):
+        attend(**{name: array.astype(np.float32) for name, array in arrays.items()}, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1, np.float32(1), np.int8(1), np.array(1.0)])

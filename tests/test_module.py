@@ -300,6 +300,7 @@ CONSTRUCTORS = [
     (TypeError, r"bias is 1", (128, 8, 2), {"bias": 1}),
     (ValueError, r"scale is nan", (128, 8, 2), {"scale": float("nan")}),
     (TypeError, r"scale is .*a str", (128, 8, 2), {"scale": "1"}),
+    (ValueError, r"scale is 1e\+40; 0 or a size .*: pass dtype='float64'", (128, 8, 2), {"scale": 1e40}),
     (ValueError, r"dropout is 1.5", (128, 8, 2), {"dropout": 1.5}),
     (TypeError, r"dtype is int8", (128, 8, 2), {"dtype": "int8"}),
     (TypeError, r"dtype is ", (128, 8, 2), {"dtype": "float31"}),
