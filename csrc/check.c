@@ -138,17 +138,15 @@ static bool positions_fit(const struct gqa_attention *problem, int ndim, const i
            spreads_over(key, ndim, shape, 1, &seq_k);
 }
 
-/* Finite, and in float32 neither clamped nor of fewer digits than a normal number. */
-static bool scale_fits(const struct gqa_attention *problem) {
-    const double size = fabs(problem->scale);
-    if (!problem->has_scale || size == 0) return true;
-    if (problem->query.dtype == GQA_FLOAT64) return isfinite(size);
-    return size >= (double)FLT_MIN && size <= (double)FLT_MAX;
+/* A finite number, in float32 one that is neither clamped nor of fewer digits than a normal number. */
+static bool is_held(const struct gqa_attention *problem, double x) {
+    if (problem->query.dtype == GQA_FLOAT64 || x == 0) return isfinite(x);
+    return fabs(x) >= (double)FLT_MIN && fabs(x) <= (double)FLT_MAX;
 }
 
 static bool numbers_fit(const struct gqa_attention *problem) {
-    if (!scale_fits(problem)) return false;
-    if (!(problem->softcap >= 0) || !isfinite(problem->softcap)) return false;
+    if (problem->has_scale && !is_held(problem, problem->scale)) return false;
+    if (!(problem->softcap >= 0) || !is_held(problem, problem->softcap)) return false;
     if (!(problem->dropout_p >= 0 && problem->dropout_p <= 1)) return false;
     return problem->left >= GQA_OPEN && problem->right >= GQA_OPEN;
 }

@@ -59,7 +59,7 @@ struct gqa_attention {
     enum gqa_alignment alignment;
 
     int64_t left, right;                             /* the window: p_i - left <= p_j <= p_i + right; GQA_OPEN */
-    double softcap;                                  /* 0 = off */
+    double softcap;                                  /* 0 = off; else as scale */
     struct gqa_array alibi_slopes;                   /* float32 or float64, broadcasts to (..., Hq): (Hq,) or (B, Hq) */
     struct gqa_array sinks;                          /* (Hq,) any float dtype */
     struct gqa_array query_lengths, kv_lengths;      /* int64, broadcast to the leading dimensions */

@@ -145,11 +145,16 @@ def as_scale(call: str, thing: Any, dtype: np.dtype[Any], wider: str = "float64 
     if not math.isfinite(scale):
         wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
         fail(ValueError, call, f"scale is {scale}", wanted, "leave it out or pass a finite one")
-    if scale and not _SMALLEST <= abs(scale) <= _LARGEST and dtype.itemsize < 8:
-        wanted = f"0 or a size from {_SMALLEST:.3g} to {_LARGEST:.3g} was wanted, as scores are made in float32"
-        fix = f"pass {wider}, or multiply query by it in float64 and pass scale=1.0"
-        fail(ValueError, call, f"scale is {scale}", wanted, fix)
+    fix = f"pass {wider}, or multiply query by it in float64 and pass scale=1.0"
+    check_held(call, "scale", scale, dtype, fix)
     return scale
+
+
+def check_held(call: str, name: str, number: float, dtype: np.dtype[Any], fix: str) -> None:
+    """Where scores are made in float32, a number that it holds with all its digits."""
+    if number and not _SMALLEST <= abs(number) <= _LARGEST and dtype.itemsize < 8:
+        wanted = f"0 or a size from {_SMALLEST:.3g} to {_LARGEST:.3g} was wanted, as scores are made in float32"
+        fail(ValueError, call, f"{name} is {number}", wanted, fix)
 
 
 def as_dropout(call: str, name: str, thing: Any) -> float:

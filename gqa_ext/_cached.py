@@ -80,7 +80,7 @@ def _attend_by_rules(
     given: dict[str, Any] = {n: as_integers(call, n, thing) for n, thing in integers.items() if thing is not None}
     rules = with_dropout(cached.plain_rules(), dropout_p, rng, call)._replace(
         left=left, right=right,
-        softcap=0.0 if softcap is None else as_softcap(call, softcap),
+        softcap=0.0 if softcap is None else as_softcap(call, softcap, query.dtype),
         alibi_slopes=None if alibi_slopes is None else as_slopes(call, alibi_slopes),
         sinks=None if sinks is None else as_sinks(call, sinks, heads(query)),
         weights=_room(query, cached) if _arguments.as_flag(call, "return_weights", return_weights) else None,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arguments import as_array, as_dropout, as_real
+from ._arguments import as_array, as_dropout, as_real, check_held
 from ._messages import ANY_FLOAT, ATTENTION, FLOATS, Array, fail, heads, kind, native
 
 _MOST = 2**63 - 1  # an int64
@@ -62,7 +62,7 @@ def as_rules(
     return Rules(
         left=left,
         right=right,
-        softcap=0.0 if softcap is None else as_softcap(ATTENTION, softcap),
+        softcap=0.0 if softcap is None else as_softcap(ATTENTION, softcap, query.dtype),
         alibi_slopes=None if alibi_slopes is None else as_slopes(ATTENTION, alibi_slopes),
         sinks=None if sinks is None else as_sinks(ATTENTION, sinks, heads(query)),
         query_lengths=given.get("query_lengths"),
@@ -102,13 +102,14 @@ def _as_side(call: str, window: Any, side: Any) -> int:
         fail(TypeError, call, came, wanted, "pass ints, as in window=(511, 0)")
 
 
-def as_softcap(call: str, thing: Any) -> float:
-    """A finite float of at least 0, which is off."""
+def as_softcap(call: str, thing: Any, dtype: np.dtype[Any], wider: str = "float64 arrays") -> float:
+    """A finite float of at least 0, which is off, that the arithmetic for ``dtype`` holds; ``wider`` as for a scale."""
     softcap = as_real(call, "softcap", thing, "pass a float, or None to leave scores as they are")
     if not (math.isfinite(softcap) and softcap >= 0):
         wanted = "a finite number of at least 0 was wanted, 0 or None to leave scores as they are"
         fix = "pass a positive one, as in softcap=50.0, or leave it out"
         fail(ValueError, call, f"softcap is {softcap}", wanted, fix)
+    check_held(call, "softcap", softcap, dtype, f"pass {wider}, or leave it out where it is that large")
     return softcap
 
 

@@ -150,11 +150,12 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], Projections
         self.dropout = as_dropout(call, "dropout", dropout)
         self.rng = as_rng(call, rng)
         self.dtype = as_layer_dtype(call, dtype)
-        self.scale = None if scale is None else as_scale(call, scale, self.dtype, "dtype='float64'")
+        wider = "dtype='float64'"
+        self.scale = None if scale is None else as_scale(call, scale, self.dtype, wider)
         self.rope = None if rope is None else as_rope(call, rope, self.head_dim)
         self.qk_norm = None if qk_norm is None else as_eps(call, qk_norm)
         self.window = None if window is None else as_window(call, window)
-        self.softcap = None if softcap is None else as_softcap(call, softcap) or None
+        self.softcap = None if softcap is None else as_softcap(call, softcap, self.dtype, wider) or None
         self.alibi_slopes = None if alibi_slopes is None else as_layer_slopes(call, alibi_slopes, self.num_heads)
         q_dim, k_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         v_dim, o_dim = self.num_kv_heads * self.v_head_dim, self.num_heads * self.v_head_dim

@@ -73,7 +73,7 @@ def varlen_attention(
     left, right = (None, None) if window is None else as_window(CALL, window)
     rules = with_dropout(NO_RULES, dropout_p, rng, CALL)._replace(
         left=left, right=right,
-        softcap=0.0 if softcap is None else as_softcap(CALL, softcap),
+        softcap=0.0 if softcap is None else as_softcap(CALL, softcap, arrays[0].dtype),
         alibi_slopes=None if alibi_slopes is None else packed_slopes(alibi_slopes, sequences, heads),
         sinks=None if sinks is None else as_sinks(CALL, sinks, heads),
         cu_seqlens_q=q_starts, cu_seqlens_k=k_starts)  # fmt: skip

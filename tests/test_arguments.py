@@ -108,7 +108,7 @@ def test_float64_holds_scales_that_float32_does_not(scale: float) -> None:
     arrays = {"query": query, "key": key, "value": value}
     np.testing.assert_allclose(attend(**arrays, scale=scale), 1 / (1 + np.exp(-1.0)))
     with pytest.raises(ValueError, match="pass float64 arrays"):
-        attend(**{name: array.astype(np.float32) for name, array in arrays.items()}, scale=scale)
+        attend(scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1, np.float32(1), np.int8(1), np.array(1.0)])
@@ -165,6 +165,14 @@ def test_an_open_window_is_none() -> None:
 @pytest.mark.parametrize("softcap", [2, np.float16(2), np.int64(2), np.array(2.0)])
 def test_real_numbers_are_softcaps(softcap: Any) -> None:
     np.testing.assert_array_equal(attend(softcap=softcap), attend(softcap=2.0))
+
+
+@pytest.mark.parametrize("softcap", [1e39, 1e-46])
+def test_float64_holds_softcaps_that_float32_does_not(softcap: float) -> None:
+    """Beside float32 the one gave NaN, and the other was 0, which is off."""
+    arrays = {"query": QUERY.astype(float), "key": KEY.astype(float), "value": VALUE.astype(float)}
+    wanted = attend(**arrays, scale=None if softcap > 1 else 0.0)
+    np.testing.assert_allclose(attend(**arrays, softcap=softcap), wanted, rtol=1e-12)
 
 
 NUMBERS = [np.int8, np.uint32, np.float16, "bfloat16", ">f4", ">f8", np.float64]

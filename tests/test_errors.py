@@ -14,6 +14,7 @@ import pytest
 
 import gqa_ext
 from gqa_ext import kv_cache_nbytes, repeat_kv, scaled_dot_product_attention, set_num_threads, testing
+from gqa_ext._rules import NO_RULES
 
 pytestmark = pytest.mark.quick
 
@@ -296,21 +297,23 @@ CORE = [
 ]
 
 
+def only(place: int, thing: Any) -> tuple[Any, ...]:
+    """All rules off but one."""
+    return (*NO_RULES[:place], thing, *NO_RULES[place + 1 :])
+
+
 CORE += [
     ("attention", (QUERY, KEY, VALUE, None, False, 0, None, True, rules, None, False))
     for rules in (
         1,
-        (None,) * 8,
-        [None] * 9,
-        (-1, *[None] * 8),
-        (None, 2**63, *[None] * 7),
-        (None, 1.0, *[None] * 7),
-        (None, None, -1.0, *[None] * 6),
-        (None, None, float("nan"), *[None] * 6),
-        *((*[None] * i, QUERY[0, 0], *[None] * (8 - i)) for i in range(9)),
-        *((*[None] * i, np.arange(11), *[None] * (8 - i)) for i in range(9)),
-        (*[None] * 5, np.array([1, 8]), *[None] * 3),
-        (*[None] * 6, np.array(-1), *[None] * 2),
+        NO_RULES[:-1],
+        list(NO_RULES),
+        *(only(place, thing) for place, thing in ((0, -1), (1, 2**63), (1, 1.0))),
+        *(only(2, softcap) for softcap in (-1.0, float("nan"), 1e39, 1e-39)),
+        *(only(place, array) for place in range(9) for array in (QUERY[0, 0], np.arange(11))),
+        only(5, np.array([1, 8])),
+        only(6, np.array(-1)),
+        only(11, 1.5),
     )
 ]
 

@@ -46,6 +46,9 @@ VALUES = [
     ({"window": ()}, "window has 0 items; (left, right) was wanted"),
     ({"softcap": -1}, "softcap is -1.0; a finite number of at least 0 was wanted, 0 or None to "),
     ({"softcap": np.inf}, "softcap is inf; a finite number"),
+    ({"softcap": 1e39}, "softcap is 1e+39; 0 or a size from 1.18e-38 to 3.4e+38 was wanted, as scores are made in "
+                        "float32: pass float64 arrays, or leave it out where it is that large"),
+    ({"softcap": 1e-46}, "softcap is 1e-46; 0 or a size from"),
     ({"softcap": np.float32("nan")}, "softcap is nan; a finite number"),
     ({"alibi_slopes": np.ones(7)}, "alibi_slopes has shape (7,); (query heads,) or (..., query heads) was wanted"),
     ({"alibi_slopes": np.ones((3, 8))}, "alibi_slopes has shape (3, 8); "),
