@@ -15,9 +15,11 @@ query : array_like, (..., Hq, Sq, D), float16, bfloat16, float32 or float64
 key, value : array_like, (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv), any of these dtypes
     Query head h reads key and value head h // (Hq // Hkv), so Hq must be a multiple of Hkv. Sums are
     made in float32. float64 goes only with float64 and is computed in float64. A weight below 2**-102 of
-    the row's largest (2**-969 in float64) counts as 0. With the ISAs amx_bf16 and
-    avx512_bf16 (the latter unasked only on AMD), bfloat16 queries, keys and values of an even D are multiplied as
-    they are, and their subnormals count as 0.""",
+    the row's largest (2**-969 in float64) counts as 0. Values are summed, each times exp(its score - the
+    largest so far), before the sum is divided: where abs(value) adds up to more than the largest float over
+    a row's keys, the output can be inf or NaN, though the mean is finite. With the ISAs amx_bf16 and
+    avx512_bf16 (the latter unasked only on AMD), bfloat16 queries, keys and values of an even D are
+    multiplied as they are, and their subnormals count as 0.""",
     "attn_mask": """\
 attn_mask : array_like of bool or float, optional
     Broadcasts to (..., Hq, Sq, Sk) and never widens it. bool: True where a key may be seen. float16,

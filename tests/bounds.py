@@ -13,7 +13,9 @@ Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 
    E_ij = (g(D) + 8u) a_ij + 4u (|s_ij| + |max_i| + 2).
 2. Weights off by factors within e**-E .. e**E move the output, whatever their signs, by at most
    sum_j p_ij (e**E_ij - 1) |v_j - o_i| / sum_j p_ij e**-E_ij, and never further than max_j |v_j - o_i|,
-   as the output stays a weighted mean of live values.  (A row without live keys is exactly 0.)
+   as the output stays a weighted mean of live values, as long as sum_j |v_j| over them is finite: the sum
+   that is divided in the end has had weights relative to the largest score so far, and overflows no sooner.
+   (A row without live keys is exactly 0.)
 3. The two sums over n live keys and their quotient add (g(n) + 8u) (sum_j p_ij |v_j| + |o_i|).
 4. Weights below c = 2**-102 (float64: 2**-969) of the row's largest count as 0, which adds n (c max|v| +
    smallest subnormal); the output is rounded once to its dtype.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import cases
+import ml_dtypes
 import numpy as np
 import pytest
 from bounds import check
@@ -160,6 +161,28 @@ def test_double_mask_beside_float32_is_clamped(isa: str) -> None:
     mask[:, 4] = 1e300
     out, lse = attend(Problem(query, key, value, mask))
     np.testing.assert_array_equal(out, np.broadcast_to(value[..., 4:5, :], out.shape))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_sum_of_values_beyond_the_largest_float_is_infinite(rows: int, dtype: str, isa: str) -> None:
+    """A third of the largest is still summed over three keys; a little more is inf, never NaN or another number."""
+    query, key = np.zeros((rows, 8), dtype), np.zeros((3, 8), dtype)
+    largest = float(ml_dtypes.finfo(dtype).max)
+    for share, sign in ((0.33, 1), (0.33, -1), (0.353, 1), (0.353, -1)):  # 1.2e38 in float32
+        value = np.full((3, 5), sign * share * largest, dtype)
+        out = gqa_ext.scaled_dot_product_attention(query, key, value).astype(np.float64)
+        near = np.abs(out / float(value[0, 0]) - 1) < 0.01
+        assert (near | (out == sign * np.inf) if share * 3 > 1 else near).all()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_sum_that_later_keys_outweigh_may_be_lost(rows: int, isa: str) -> None:
+    """The largest score so far, 0, comes late: infinity times exp(-200) is NaN, and whatever comes is not finite."""
+    query, key, value = np.ones((rows, 4), np.float32), np.zeros((4000, 4), np.float32), np.ones((4000, 2), np.float32)
+    key[:2000], value[:2000] = -50, 1.2e38
+    out = gqa_ext.scaled_dot_product_attention(query, key, value, scale=1.0)
+    assert (~np.isfinite(out) | (np.abs(out - 1) < 1e-3)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
