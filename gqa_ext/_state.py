@@ -5,7 +5,7 @@ o, and ``q_norm.weight`` and ``k_norm.weight`` (head_dim,) where heads are norme
 ``o_proj``, and torch.nn.MultiheadAttention's ``in_proj_weight`` and ``in_proj_bias`` (q, k and v stacked) or
 ``q_proj_weight``. torch is never imported; its tensors are known by their methods.
 
-Called by module.py and _mha_source.py.
+Called by _projections.py and _from_mha.py.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """Attention as a layer that feels like torch.nn.Module: four projections around scaled_dot_product_attention.
 
 Heads are views of what the projections give, never copies. _projections.py holds the weights and all that is done
-with them, _mha_source.py knows the layers that can be made into grouped ones.
+with them; _from_mha.py and _from_checkpoint.py make layers of other layers and of files.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale
 from ._from_checkpoint import FromCheckpoint
+from ._from_mha import FromMha
 from ._layer_arguments import (
     as_eps,
     as_head_dim,
@@ -23,17 +24,14 @@ from ._layer_arguments import (
     constructor_call,
 )
 from ._layer_cache import as_cache, attend, check_fit, place
-from ._messages import Array, fail
-from ._mha_source import CALL as FROM_MHA
-from ._mha_source import read_mha
+from ._messages import Array
 from ._projections import Projections, RMSNorm
 from ._rules import as_sinks, as_softcap, as_window
 from .cache import KVCache
-from .convert.methods import pool_heads
 from .rope import RotaryEmbedding
 
 
-class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], Projections):
+class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["GroupedQueryAttention"], Projections):
     """Multi-head attention in which groups of query heads share a key/value head (GQA, arXiv:2305.13245).
 
     With ``num_kv_heads == num_heads`` it is multi-head, with 1 multi-query attention. Query head h reads key/value
@@ -298,56 +296,9 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], Projections
             "sinks": self.sinks,
         }
 
-    @classmethod
-    def from_mha(
-        cls, source: Any, num_kv_heads: int, *, num_heads: int | None = None, method: str = "mean"
-    ) -> "GroupedQueryAttention":
-        """A layer with fewer key/value heads from a multi-head one, by pooling (arXiv:2305.13245).
-
-        Parameters
-        ----------
-        source : GroupedQueryAttention, torch.nn.MultiheadAttention, or mapping of str to array
-            Or anything else with a ``state_dict()``; names as in :meth:`load_state_dict`.
-        num_kv_heads : int
-            Key/value heads wanted; divides the source's.
-        num_heads : int, optional
-            Query heads of the source; needed where it does not say.
-        method : {'mean', 'first'}
-            As in :func:`gqa_ext.convert.pool_heads`.
-
-        Returns
-        -------
-        GroupedQueryAttention
-            With copies of the query and output projections; float64 if one of the source's arrays is, else
-            float32 (half precision is widened before pooling). Biases that only some of q, k and v have are
-            zeros in the others.
-
-        Raises
-        ------
-        ValueError
-            A source that is no such layer, or a number of heads that does not fit it.
-        TypeError
-            A source or argument of another kind.
-        """
-        mha = read_mha(source, num_heads)
-        number = as_int(FROM_MHA, "num_kv_heads", num_kv_heads, 1)
-        if mha.num_kv_heads % number:
-            came = f"num_kv_heads is {number} for a source with {mha.num_kv_heads} key/value heads"
-            fail(ValueError, FROM_MHA, came, "a divisor of those was wanted", f"pass {mha.num_kv_heads} or a divisor")
-        if isinstance(source, GroupedQueryAttention):
-            mha.options.update(source._rules(), dropout=source.dropout, rope=source.rope, qk_norm=source.qk_norm)
-        layer = GroupedQueryAttention(mha.embed_dim, mha.num_heads, number, **mha.options)
-        pooled = {
-            name: pool_heads(array, mha.num_kv_heads, number, method=method)
-            for name, array in mha.state.items()
-            if name.startswith(("k_proj", "v_proj"))
-        }
-        layer.load_state_dict(mha.state | pooled)
-        return layer
-
     @staticmethod
     def _grouped(*sizes: int, **options: Any) -> "GroupedQueryAttention":
-        """What from_checkpoint makes, of whichever subclass it is called."""
+        """What from_checkpoint and from_mha make, of whichever subclass it is called."""
         return GroupedQueryAttention(*sizes, **options)
 
     def _sizes(self) -> tuple[int, ...]:

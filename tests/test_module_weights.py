@@ -247,7 +247,15 @@ def test_from_mha_pools_keys_and_values(num_kv_heads: int, method: str) -> None:
 
 def test_from_mha_keeps_the_configuration() -> None:
     mha = MultiHeadAttention(
-        20, 6, head_dim=5, v_head_dim=7, kv_embed_dim=12, bias=True, out_bias=False, dropout=0.1, scale=0.3,
+        20,
+        6,
+        head_dim=5,
+        v_head_dim=7,
+        kv_embed_dim=12,
+        bias=True,
+        out_bias=False,
+        dropout=0.1,
+        scale=0.3,
         dtype="float64",
     )
     options = repr(mha).removeprefix("MultiHeadAttention(20, 6, ")
@@ -311,8 +319,9 @@ def test_a_prefix_to_load_is_text() -> None:
 
 @pytest.mark.parametrize(("error", "message", "source", "arguments"), BAD_SOURCES)
 def test_a_bad_source_is_named(error: type[Exception], message: str, source: Any, arguments: dict[str, Any]) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         GroupedQueryAttention.from_mha(source, **({"num_kv_heads": 2} | arguments))
+    assert str(raised.value).startswith("GroupedQueryAttention.from_mha(): ")
 
 
 # ---- a real model ----

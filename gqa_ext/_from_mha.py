@@ -1,20 +1,76 @@
-"""What ``GroupedQueryAttention.from_mha`` starts from: any multi-head layer as a configuration and weights.
+"""Any multi-head layer as a configuration and weights, and a grouped layer from it by pooling.
 
-The layer's own module class, a torch.nn.MultiheadAttention (known by its attributes, torch is never imported),
-any other object with a ``state_dict()``, or a state dict. Called by module.py.
+It starts from the layer's own module class, a torch.nn.MultiheadAttention (known by its attributes, torch is never
+imported), any other object with a ``state_dict()``, or a state dict. Base class of module.py's.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from ._arguments import as_int
 from ._messages import Array, fail, kind
 from ._state import NORMS, PROJECTIONS, STACKED, State, as_state, listed, translate
+from .convert.methods import check_method, pool_heads
 
 CALL = "GroupedQueryAttention.from_mha"
 _TORCH_MHA = ("in_proj_weight", "out_proj", "bias_k", "bias_v", "add_zero_attn", "kdim", "vdim", "dropout")
+
+T = TypeVar("T")
+
+
+class FromMha(Generic[T]):
+    """Gives a class `from_mha`, which makes a T."""
+
+    _grouped: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def from_mha(cls, source: Any, num_kv_heads: int, *, num_heads: int | None = None, method: str = "mean") -> T:
+        """A layer with fewer key/value heads from a multi-head one, by pooling (arXiv:2305.13245).
+
+        Parameters
+        ----------
+        source : GroupedQueryAttention, torch.nn.MultiheadAttention, or mapping of str to array
+            Or anything else with a ``state_dict()``; names as in :meth:`load_state_dict`.
+        num_kv_heads : int
+            Key/value heads wanted; divides the source's.
+        num_heads : int, optional
+            Query heads of the source; needed where it does not say.
+        method : {'mean', 'first'}
+            As in :func:`gqa_ext.convert.pool_heads`.
+
+        Returns
+        -------
+        GroupedQueryAttention
+            With copies of the query and output projections; float64 if one of the source's arrays is, else
+            float32 (half precision is widened before pooling). Biases that only some of q, k and v have are
+            zeros in the others.
+
+        Raises
+        ------
+        ValueError
+            A source that is no such layer, a number of heads that does not fit it, or another method.
+        TypeError
+            A source or argument of another kind.
+        """
+        check_method(method, None, CALL)
+        mha = read_mha(source, num_heads)
+        number = as_int(CALL, "num_kv_heads", num_kv_heads, 1)
+        if mha.num_kv_heads % number:
+            came = f"num_kv_heads is {number} for a source with {mha.num_kv_heads} key/value heads"
+            fail(ValueError, CALL, came, "a divisor of those was wanted", f"pass {mha.num_kv_heads} or a divisor")
+        if isinstance(source, FromMha):
+            own: Any = source
+            mha.options.update(own._rules(), dropout=own.dropout, rope=own.rope, qk_norm=own.qk_norm)
+        made: T = cls._grouped(mha.embed_dim, mha.num_heads, number, **mha.options)
+        pooled = {
+            name: pool_heads(array, mha.num_kv_heads, number, method=method)
+            for name, array in mha.state.items()
+            if name.startswith(("k_proj", "v_proj"))
+        }
+        made.load_state_dict(mha.state | pooled)  # type: ignore[attr-defined]
+        return made
 
 
 class MhaSource(NamedTuple):
