@@ -48,14 +48,14 @@ def as_arrays(**things: Any) -> list[Array]:
     return [thing if type(thing) is np.ndarray else as_array(ATTENTION, name, thing) for name, thing in things.items()]
 
 
-def as_mask(thing: Any) -> Array:
+def as_mask(thing: Any, call: str = ATTENTION) -> Array:
     """attn_mask as an ndarray; a Python bool there is a slip of position."""
     if type(thing) is np.ndarray:
         return thing
     if isinstance(thing, (bool, np.bool_)):
         fix = f"pass is_causal={bool(thing)} by its name"
-        fail(TypeError, ATTENTION, f"attn_mask is {bool(thing)}", "an array was wanted", fix)
-    return as_array(ATTENTION, "attn_mask", thing)
+        fail(TypeError, call, f"attn_mask is {bool(thing)}", "an array was wanted", fix)
+    return as_array(call, "attn_mask", thing)
 
 
 def as_flag(call: str, name: str, thing: Any) -> bool:
@@ -184,7 +184,7 @@ def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array, ca
     """The alignment as ``_core`` takes it: upper left where none is given, as in torch."""
     if alignment is None:
         if is_causal and query.shape[-2:-1] != key.shape[-2:-1]:
-            warn_unequal(query, key)
+            warn_unequal(call, query, key)
         return False
     if not isinstance(alignment, str) or alignment not in ("upper_left", "lower_right"):
         wanted = "'upper_left', 'lower_right' or None was wanted"
@@ -193,12 +193,12 @@ def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array, ca
     return alignment == "lower_right"
 
 
-def warn_unequal(query: Array, key: Array) -> None:
+def warn_unequal(call: str, query: Array, key: Array) -> None:
     """is_causal between unequal lengths has two meanings; say which one runs."""
     if query.ndim < 2 or key.ndim < 2:
         return  # C refuses them
     message = (
-        f"{ATTENTION}(): is_causal with {query.shape[-2]} query rows and {key.shape[-2]} key rows aligns "
+        f"{call}(): is_causal with {query.shape[-2]} query rows and {key.shape[-2]} key rows aligns "
         "the first of both, as torch does; for decoding and chunked prefill, where the last ones belong together, pass "
         "causal_alignment='lower_right'; pass 'upper_left' to keep this without a warning"
     )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _arguments, _core, _explain
-from ._messages import ATTENTION, Array, fail, heads
+from ._messages import Array, fail, heads, retold
 from ._rules import NO_RULES, Rules, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
 from .attention import attend_into
 
@@ -49,16 +49,13 @@ def attend_cached(call: str, cached: Cached, query: Any, is_causal: Any, rules: 
         if not rules and type(query) is np.ndarray and type(is_causal) is bool:
             arrays = (query, cached.keys, cached.values)
             return _core.attention(*arrays, None, is_causal, True, None, True, cached.plain_rules(), None, False)
-        _check_names(call, rules)
+        check_names(call, rules)
         return _attend_by_rules(call, cached, query, is_causal, **rules)
-    except (TypeError, ValueError) as error:
-        if not str(error).startswith(f"{ATTENTION}()"):
-            raise
-        message = str(error).replace(ATTENTION, call, 1)  # of _explain.py, which does not know whose cache it was
-        raise type(error)(message) from None
+    except (TypeError, ValueError) as error:  # _explain.py does not know whose cache it was
+        raise retold(error, call) from None
 
 
-def _check_names(call: str, rules: dict[str, Any]) -> None:
+def check_names(call: str, rules: dict[str, Any]) -> None:
     """A rule that a cache knows better, or that no call knows."""
     known = _attend_by_rules.__kwdefaults__ or {}
     for name in rules:

@@ -1,9 +1,9 @@
 """Why C said no: the checks of csrc once more, in words.
 
 C answers a bad argument with a status and no text.  The binding then calls the function of the same
-name here with the same arguments, and it raises.  Nothing here runs for a call that succeeds, so
-clarity is all that counts.  The checks that Python makes itself (_arguments.py and
-_rules.py) raise in the same way.
+name here with the same arguments, and it raises.  Nothing here runs for an attention call that succeeds,
+so clarity is all that counts; single checks serve packed and paged calls and the layer, before they begin.
+The checks that Python makes itself (_arguments.py and _rules.py) raise in the same way.
 """
 
 from typing import Any, NoReturn
@@ -191,19 +191,19 @@ def output_shape(query: Array, key: Array, value: Array) -> tuple[int, ...]:
     return (*leading, *inner, query.shape[-2], value.shape[-1])
 
 
-def check_mask(mask: Any, target: tuple[int, ...]) -> None:
+def check_mask(mask: Any, target: tuple[int, ...], call: str = ATTENTION) -> None:
     """bool or float, broadcasting to (..., Hq, Sq, Sk)."""
-    check_array(ATTENTION, "attn_mask", mask)
+    check_array(call, "attn_mask", mask)
     dtype = native(mask.dtype)
     if dtype != np.bool_ and dtype not in FLOATS:
         fix = "pass attn_mask.astype(bool), True where a key may be seen"
         if dtype.kind not in "iu":
             fix = "pass bool (True where a key may be seen) or float32 (added to the scores)"
         wanted = f"bool, {one_of(FLOATS)} was wanted"
-        fail(TypeError, ATTENTION, f"attn_mask has dtype {dtype}", wanted, fix)
+        fail(TypeError, call, f"attn_mask has dtype {dtype}", wanted, fix)
     if not fits(mask.shape, target):
         wanted = f"it must broadcast to (..., query heads, query rows, key rows) {target} and not widen it"
-        fail(ValueError, ATTENTION, f"attn_mask has shape {mask.shape}", wanted, mask_fix(mask, target))
+        fail(ValueError, call, f"attn_mask has shape {mask.shape}", wanted, mask_fix(mask, target))
 
 
 def mask_fix(mask: Array, target: tuple[int, ...]) -> str:
@@ -244,23 +244,27 @@ def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) ->
             check_spread(name, positions, (*leading, seq), wanted, f"pass {seq} positions, or {(*leading, seq)}")
 
 
-def check_spread(name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str) -> None:
+def check_spread(
+    name: str, array: Array, target: tuple[int, ...], wanted: str, fix: str, call: str = ATTENTION
+) -> None:
     """Broadcasts to the target without widening it."""
     if not fits(array.shape, target):
-        fail(ValueError, ATTENTION, f"{name} has shape {array.shape}", wanted, fix)
+        fail(ValueError, call, f"{name} has shape {array.shape}", wanted, fix)
 
 
-def check_lengths(name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str) -> None:
+def check_lengths(
+    name: str, lengths: Array, leading: tuple[int, ...], rows: str, most: int, where: str, call: str = ATTENTION
+) -> None:
     """One for each sequence, and none longer than the array."""
     wanted = f"one length for each sequence was wanted, broadcasting to {leading} {where}"
     fix = f"pass shape {leading}" if leading else "pass one int"
-    check_spread(name, lengths, leading, wanted, fix)
+    check_spread(name, lengths, leading, wanted, fix, call)
     bad = np.argwhere((lengths < 0) | (lengths > most))
     if len(bad):
         at = f"[{', '.join(map(str, bad[0]))}]" if lengths.ndim else ""
         came = f"{name}{at} is {lengths[tuple(bad[0])]}"
         wanted = f"from 0 to the number of {rows}, {most}, was wanted {where}"
-        fail(ValueError, ATTENTION, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
+        fail(ValueError, call, came, wanted, f"pass {name}.clip(0, {most}), or longer arrays")
 
 
 def check_out(out: Any, shape: tuple[int, ...], query: Array, call: str = ATTENTION, name: str = "query") -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arguments import as_array, as_dtype, as_int, as_real
+from ._arguments import as_array, as_dtype, as_int, as_mask, as_real, is_lower_right
+from ._explain import check_lengths, check_mask
 from ._messages import COMPUTED, HALVES, Array, fail, fits, kind, native, shapes
 from ._rules import as_integers, as_slopes
 from .rope import RotaryEmbedding
@@ -121,6 +122,32 @@ def _as_input(call: str, name: str, thing: Any, option: str, width: int, dtype: 
         came, wanted = f"{name} has {array.shape[-1]} features", f"{option} {width} was wanted ({name} {array.shape})"
         fail(ValueError, call, came, wanted, f"pass other features, or build the layer with {option}={array.shape[-1]}")
     return array
+
+
+def leading(*arrays: Array) -> tuple[int, ...]:
+    """The leading dimensions of what as_inputs gave: equal, or a batch of 1."""
+    shapes_of = [array.shape[:-2] for array in arrays]
+    return next((shape for shape in shapes_of if shape != (1,)), (1,))
+
+
+def as_kv_lengths(call: str, thing: Any, query: Array, key: Array, value: Array) -> Array:
+    """From 0 to the rows of key, for each sequence."""
+    lengths = as_integers(call, "kv_lengths", thing)
+    where = f"({shapes(query=query, key=key)})"
+    check_lengths("kv_lengths", lengths, leading(query, key, value), "key rows", key.shape[-2], where, call)
+    return lengths
+
+
+def as_layer_mask(call: str, thing: Any, scores: tuple[int, ...]) -> Array:
+    """bool or float, broadcasting to the shape of the scores."""
+    mask = as_mask(thing, call)
+    check_mask(mask, scores, call)
+    return mask
+
+
+def as_alignment(call: str, thing: Any, is_causal: bool, query: Array, key: Array) -> str:
+    """What None means; it warns where that could be meant otherwise."""
+    return "lower_right" if is_lower_right(thing, is_causal, query, key, call) else "upper_left"
 
 
 def as_position_ids(call: str, thing: Any, query: Array, rope: RotaryEmbedding | None) -> Array:

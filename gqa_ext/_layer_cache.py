@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from ._cached import check_names
 from ._layer_arguments import as_position_ids
-from ._messages import Array, fail, kind
+from ._messages import Array, fail, kind, retold
 from .attention import scaled_dot_product_attention
 from .cache import KVCache
 from .rope import RotaryEmbedding
 
 
-def as_cache(call: str, cache: Any, sizes: tuple[int, int, int], dtype: np.dtype[Any], **keys: Any) -> KVCache:
+def as_cache(
+    call: str, cache: Any, sizes: tuple[int, int, int], dtype: np.dtype[Any], alignment: Any, **keys: Any
+) -> KVCache:
     """One for the layer's keys; ``sizes`` are num_kv_heads, head_dim and v_head_dim, ``keys`` what says of new ones."""
     make = "KVCache(batch, {}, {}, v_head_dim={}, capacity=...)".format(*sizes)
     if not isinstance(cache, KVCache):
@@ -27,6 +30,8 @@ def as_cache(call: str, cache: Any, sizes: tuple[int, int, int], dtype: np.dtype
     if dtype == np.float64:
         came = "cache is given to a layer of dtype float64"
         fail(TypeError, call, came, "float32 was wanted: no cache holds float64", "build it with dtype='float32'")
+    if alignment is not None:
+        check_names(call, {"causal_alignment": alignment})
     given = [name for name, thing in keys.items() if thing is not None]
     if cache.frozen and given:
         wanted = "the cache's own keys were wanted, as it is frozen"
@@ -46,6 +51,15 @@ def check_fit(call: str, cache: KVCache, query: Array, key: Array) -> None:
         came = f"key has {rows} rows and cache a window of {cache.window} in a capacity of {cache.capacity}"
         fix = "pass shorter chunks, or make the cache with a larger capacity"
         fail(ValueError, call, came, f"at most {most} at once were wanted", fix)
+
+
+def num_keys(cache: KVCache | None, key: Array, counts: Array | None) -> int:
+    """What masks and weights count: the keys of the longest sequence, those of this call among them."""
+    rows: int = key.shape[-2]
+    if cache is None:
+        return rows
+    new = 0 if cache.frozen else rows if counts is None else counts
+    return int(np.max(cache.lengths + new, initial=0))
 
 
 def place(
@@ -69,13 +83,20 @@ def place(
 
 
 def attend(
-    cache: KVCache | None, q: Array, k: Any, v: Any, counts: Any, own: bool, rules: dict[str, Any]
+    call: str, cache: KVCache | None, q: Array, k: Any, v: Any, counts: Any, own: bool, rules: dict[str, Any]
 ) -> Any:
     """Attention to the call's keys, behind those of the cache if there is one; without keys, to what is in the cache.
 
     ``counts`` says how many of these keys are there. A call that fails takes its keys back, unless a window's ring
     lacks what they have overwritten.
     """
+    try:
+        return _attend(cache, q, k, v, counts, own, rules)
+    except (TypeError, ValueError, MemoryError) as error:
+        raise retold(error, call) from None
+
+
+def _attend(cache: KVCache | None, q: Array, k: Any, v: Any, counts: Any, own: bool, rules: dict[str, Any]) -> Any:
     if cache is None:
         return scaled_dot_product_attention(q, k, v, kv_lengths=counts, **rules)
     if k is None:

@@ -34,6 +34,12 @@ def fail(error: type[Exception], call: str, came: str, wanted: str, fix: str = "
     raise error(f"{call}(): {came}; {wanted}" + (f": {fix}" if fix else ""))
 
 
+def retold(error: Exception, call: str) -> Exception:
+    """The refusal of a call within as one of the call that was made; another exception as it is."""
+    _, refusal, message = str(error).partition("(): ")
+    return type(error)(f"{call}(): {message}") if refusal else error
+
+
 def shapes(**arrays: Array | None) -> str:
     """``query (2, 8, 5, 64), key (2, 2, 5, 64)``."""
     return ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if array is not None)

@@ -9,21 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_mask, as_scale
+from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_scale
 from ._from_checkpoint import FromCheckpoint
 from ._from_mha import FromMha
 from ._layer_arguments import (
+    as_alignment,
     as_eps,
     as_head_dim,
     as_head_mask,
     as_inputs,
+    as_kv_lengths,
     as_layer_dtype,
+    as_layer_mask,
     as_layer_slopes,
     as_rng,
     as_rope,
     constructor_call,
+    leading,
 )
-from ._layer_cache import as_cache, attend, check_fit, place
+from ._layer_cache import as_cache, attend, check_fit, num_keys, place
 from ._messages import Array
 from ._projections import Projections, RMSNorm
 from ._rules import as_sinks, as_softcap, as_window
@@ -172,6 +176,7 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
         *,
         attn_mask: ArrayLike | None = None,
         is_causal: bool = False,
+        causal_alignment: str | None = None,
         kv_lengths: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
         cache: KVCache | None = None,
@@ -192,7 +197,11 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
             bool (True = may be seen) or float (added to the scores), broadcasting to (B, num_heads, N, Nk), or
             (num_heads, N, Nk) for inputs without batch.
         is_causal : bool
-            Row i sees keys 0 to i.
+            No row sees a key behind its own place: row i sees keys 0 to i.
+        causal_alignment : {None, 'upper_left', 'lower_right'}
+            Where row i stands for `is_causal`, `window` and `alibi_slopes`, as in
+            :func:`gqa_ext.scaled_dot_product_attention`: at i, or with 'lower_right' so that the last row belongs to
+            the last key that is there. TypeError with a cache, where it always does.
         kv_lengths : array_like of int, (B,) or one int, optional
             How many keys of each sequence are there, from the first; what lies behind them is never seen. With a
             cache: how many of the new ones; the rest is not appended, and rows of `query` behind are padding.
@@ -221,7 +230,7 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
         ValueError
             A shape that does not fit, a cache without room, or keys beside a frozen one.
         TypeError
-            Another dtype than the layer's: nothing is rounded in silence.
+            Another dtype than the layer's: nothing is rounded in silence. A causal_alignment beside a cache.
 
         Examples
         --------
@@ -239,7 +248,8 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
         call = f"{type(self).__name__}.__call__"
         if cache is not None:
             sizes = (self.num_kv_heads, self.head_dim, self.v_head_dim)
-            cache = as_cache(call, cache, sizes, self.dtype, key=key, value=value, kv_lengths=kv_lengths)
+            given = {"key": key, "value": value, "kv_lengths": kv_lengths}
+            cache = as_cache(call, cache, sizes, self.dtype, causal_alignment, **given)
         own = key is None or key is query
         takes_keys = cache is None or not cache.frozen
         widths = (self.embed_dim, self.kv_embed_dim if takes_keys else self.embed_dim)
@@ -249,35 +259,46 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
             query, key, value = query[None], key[None], value[None]
         if cache is not None:
             check_fit(call, cache, query, key)
+        counts = None if kv_lengths is None else as_kv_lengths(call, kv_lengths, query, key, value)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
-        weighed = as_flag(call, "need_weights", need_weights)
-        rules = {name: rule for name, rule in self._rules().items() if rule is not None}
-        rules["is_causal"] = as_flag(call, "is_causal", is_causal)
+        rows = (*leading(query, key, value), self.num_heads, query.shape[-2])
+        rules = self._rules_of_call(call, rows, is_causal, need_weights)
         if attn_mask is not None:
-            rules["attn_mask"] = as_mask(attn_mask)
-        if weighed:
-            rules["return_weights"] = True
-        if self.training:
-            rules |= {"dropout_p": self.dropout, "rng": self.rng}
-        if query.shape[-2] > 1:  # heads side by side, as o_proj wants them
-            leading = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-            shape = (*leading, query.shape[-2], self.num_heads, self.v_head_dim)
-            rules["out"] = np.empty(shape, self.dtype).swapaxes(-2, -3)
+            rules["attn_mask"] = as_layer_mask(call, attn_mask, (*rows, num_keys(cache, key, counts)))
+        if cache is None:
+            rules["causal_alignment"] = as_alignment(call, causal_alignment, rules["is_causal"], query, key)
 
         at_query, at_key = place(call, position_ids, query, key, own, self.rope, cache)
         q = self._heads(self.q_proj(query), self.num_heads, self.q_norm, at_query)
         k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm, at_key) if takes_keys else None
         v = _split(self.v_proj(value), self.num_kv_heads) if takes_keys else None
-        result = attend(cache, q, k, v, kv_lengths, own, rules)
-        attended = (result[0] if weighed else result).swapaxes(-2, -3)
+        result = attend(call, cache, q, k, v, counts, own, rules)
+        out, weights = result if isinstance(result, tuple) else (result, None)
+        out = self._joined(out, heads)
+        if weights is None:
+            return out[0] if single else out
+        weights = weights if heads is None else weights * heads[:, None, None]
+        return (out[0], weights[0]) if single else (out, weights)
+
+    def _rules_of_call(self, call: str, rows: tuple[int, ...], is_causal: Any, need_weights: Any) -> dict[str, Any]:
+        """Keywords of scaled_dot_product_attention for rows (..., num_heads, N)."""
+        rules = {name: rule for name, rule in self._rules().items() if rule is not None}
+        rules["is_causal"] = as_flag(call, "is_causal", is_causal)
+        if as_flag(call, "need_weights", need_weights):
+            rules["return_weights"] = True
+        if self.training:
+            rules |= {"dropout_p": self.dropout, "rng": self.rng}
+        if rows[-1] > 1:  # heads side by side, as o_proj wants them
+            out = (*rows[:-2], rows[-1], self.num_heads, self.v_head_dim)
+            rules["out"] = np.empty(out, self.dtype).swapaxes(-2, -3)
+        return rules
+
+    def _joined(self, attended: Array, heads: Array | None) -> Array:
+        """What attention gives, (..., num_heads, N, v_head_dim), through the head mask and the output projection."""
+        attended = attended.swapaxes(-2, -3)
         if heads is not None:
             attended *= heads[:, None]
-        out = self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
-        out = out[0] if single else out
-        if not weighed:
-            return out
-        weights = result[1] if heads is None else result[1] * heads[:, None, None]
-        return out, weights[0] if single else weights
+        return self.o_proj(attended.reshape(*attended.shape[:-2], self.num_heads * self.v_head_dim))
 
     def _heads(self, x: Array, num_heads: int, norm: RMSNorm | None, positions: Array | None) -> Array:
         """Queries or keys as attention takes them, (..., num_heads, N, head_dim)."""

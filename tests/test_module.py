@@ -279,9 +279,32 @@ def test_empty_inputs() -> None:
 
 
 def test_a_causal_call_with_other_keys_warns_at_the_caller() -> None:
-    with pytest.warns(UserWarning, match="is_causal") as caught:
+    with pytest.warns(UserWarning, match=r"^GroupedQueryAttention\.__call__\(\): is_causal with 3 query") as caught:
         build(16, 4, 2)(inputs(3, 16), inputs(5, 16), is_causal=True)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
+@pytest.mark.parametrize("layer", [build(16, 4, 2), MultiHeadAttention(16, 4), MultiQueryAttention(16, 4)], ids=repr)
+def test_an_alignment_says_where_rows_stand(layer: GroupedQueryAttention, alignment: str) -> None:
+    """As the warning proposes, and then without it."""
+    query, key = inputs(3, 3, 16), inputs(3, 5, 16, seed=1)
+    rules: dict[str, Any] = {"is_causal": True, "causal_alignment": alignment}
+    out, weights = layer(query, key, need_weights=True, **rules)
+    for mine, theirs in zip((out, weights), by_reference(layer, query, key, **rules), strict=True):
+        np.testing.assert_allclose(mine, theirs, **TOLERANCE)
+    np.testing.assert_array_equal(layer(query[0], key[0], **rules), out[0])
+    lengths = np.array([5, 4, 3])
+    ragged = layer(query, key, kv_lengths=lengths, **rules)
+    for b, n in enumerate(lengths):
+        np.testing.assert_allclose(ragged[b], layer(query[b], key[b, :n], **rules), **TOLERANCE)
+
+
+def test_an_alignment_is_for_windows_too() -> None:
+    layer, query, key = build(16, 4, 2, window=(1, 0)), inputs(2, 16), inputs(6, 16, seed=1)
+    _, weights = layer(query, key, causal_alignment="lower_right", need_weights=True)
+    assert (weights[0] > 0).tolist() == [[False] * 3 + [True, True, False], [False] * 4 + [True, True]]
 
 
 # ---- refusals ----
@@ -344,10 +367,18 @@ CALLS = [
     (ValueError, r"query has 3 dimensions, key 2 and value 2; .*\[None\]", {"key": X[0]}),
     (ValueError, r"value has 4 rows but key has 5", {"value": X[:, :4]}),
     (ValueError, r"key has a batch of 3 .* query of 2", {"key": np.ones((3, 5, 16), np.float32)}),
-    (ValueError, r"attn_mask", {"attn_mask": np.ones((5, 6), bool)}),
-    (ValueError, r"attn_mask", {"attn_mask": np.ones((2, 5, 5), bool)}),
-    (TypeError, r"attn_mask", {"attn_mask": np.ones((5, 5), int)}),
-    (TypeError, r"attn_mask", {"attn_mask": True}),
+    (ValueError, r"attn_mask has shape \(5, 6\)", {"attn_mask": np.ones((5, 6), bool)}),
+    (
+        ValueError,
+        r"attn_mask has shape \(2, 5, 5\); .*\(2, 4, 5, 5\) .*attn_mask\[:, None\]",
+        {"attn_mask": np.ones((2, 5, 5), bool)},
+    ),
+    (TypeError, r"attn_mask has dtype int64", {"attn_mask": np.ones((5, 5), int)}),
+    (TypeError, r"attn_mask is True", {"attn_mask": True}),
+    (ValueError, r"kv_lengths has shape \(3,\); .*\(query \(2, 5, 16\), key \(2, 5, 16\)\)", {"kv_lengths": [1, 2, 9]}),
+    (ValueError, r"kv_lengths\[1\] is 6; .*\(query \(2, 5, 16\), key \(2, 5, 16\)\)", {"kv_lengths": [1, 6]}),
+    (TypeError, r"kv_lengths has dtype bool", {"kv_lengths": [True, False]}),
+    (ValueError, r"causal_alignment is 'left'; 'upper_left', 'lower_right' or None", {"causal_alignment": "left"}),
     (ValueError, r"head_mask has shape \(3,\); \(num_heads,\) = \(4,\)", {"head_mask": np.ones(3)}),
     (TypeError, r"head_mask has dtype complex128", {"head_mask": np.ones(4, complex)}),
     (TypeError, r"is_causal is ", {"is_causal": 1}),
@@ -361,7 +392,13 @@ CALLS = [
 def test_a_bad_call_is_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message) as raised:
         build(16, 4, 2)(**({"query": X} | arguments))
-    assert re.match(r"[\w.]+\(\): .+; .+", str(raised.value))
+    assert re.match(r"GroupedQueryAttention\.__call__\(\): .+; .+: .+", str(raised.value))
+
+
+def test_what_only_attention_sees_is_still_the_layers_refusal() -> None:
+    layer = build(16, 4, 2, alibi_slopes=np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"^GroupedQueryAttention\.__call__\(\): alibi_slopes has shape .+; .+: .+"):
+        layer(X)
 
 
 def test_cross_attention_needs_a_key() -> None:

@@ -196,7 +196,9 @@ def test_beam_search() -> None:
 BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"attn_mask has shape \(3, 9\)", {"attn_mask": np.ones((3, 9), bool)}),
     (ValueError, r"cache is full.* length 30 of capacity 32", {}),
-    (ValueError, r"lengths is \[1, 4\]", {"kv_lengths": [1, 4]}),
+    (ValueError, r"kv_lengths\[1\] is 4; from 0 to the number of key rows, 3", {"kv_lengths": [1, 4]}),
+    (TypeError, r"causal_alignment is given; it was not wanted, as the last query row belongs to the last key",
+     {"causal_alignment": "lower_right"}),
     (ValueError, r"position_ids has shape \(2,\)", {"position_ids": [1, 2]}),
     (ValueError, r"query has a batch of 1 and cache of 2; .*KVCache\(1, ...\)", {"query": inputs(1, 3, SIZES[0])}),
     (ValueError, r"query has a batch of 1 and cache of 2", {"query": inputs(3, SIZES[0])}),
@@ -217,7 +219,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(
     before = cache.lengths.tolist()
     with pytest.raises(error, match=message) as raised:
         layer(**({"query": inputs(2, 3, SIZES[0]), "cache": cache} | arguments))
-    assert re.match(r"[\w.]+\(\): .+; .+: .+", str(raised.value))
+    assert re.match(r"GroupedQueryAttention\.__call__\(\): .+; .+: .+", str(raised.value))
     assert cache.lengths.tolist() == before
 
 
