@@ -9,6 +9,7 @@ import operator
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,16 @@ def warn_unequal(call: str, query: Array, key: Array) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def room(
+    call: str, name: str, shape: tuple[int, ...], dtype: Any, fix: str, make: Callable[..., Array] = np.empty
+) -> Array:
+    """A new array; where no address counts so many bytes a MemoryError, which NumPy calls a ValueError."""
+    try:
+        return make(shape, dtype)
+    except (ValueError, OverflowError):
+        fail(MemoryError, call, f"{name} would have shape {shape}", "an array that memory can hold was wanted", fix)
 
 
 def overlap(a: Array, b: Array) -> bool:

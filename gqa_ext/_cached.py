@@ -11,7 +11,7 @@ import numpy as np
 from . import _arguments, _core, _explain
 from ._messages import Array, fail, heads, retold
 from ._rules import NO_RULES, Rules, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
-from .attention import attend_into
+from .attention import attend_into, room_for_weights
 
 
 class Cached(NamedTuple):
@@ -51,7 +51,7 @@ def attend_cached(call: str, cached: Cached, query: Any, is_causal: Any, rules: 
             return _core.attention(*arrays, None, is_causal, True, None, True, cached.plain_rules(), None, False)
         check_names(call, rules)
         return _attend_by_rules(call, cached, query, is_causal, **rules)
-    except (TypeError, ValueError) as error:  # _explain.py does not know whose cache it was
+    except (TypeError, ValueError, MemoryError) as error:  # _explain.py does not know whose cache it was
         raise retold(error, call) from None
 
 
@@ -80,7 +80,7 @@ def _attend_by_rules(
         softcap=0.0 if softcap is None else as_softcap(call, softcap, query.dtype),
         alibi_slopes=None if alibi_slopes is None else as_slopes(call, alibi_slopes),
         sinks=None if sinks is None else as_sinks(call, sinks, heads(query)),
-        weights=_room(query, cached) if _arguments.as_flag(call, "return_weights", return_weights) else None,
+        weights=_room(call, query, cached) if _arguments.as_flag(call, "return_weights", return_weights) else None,
         **given)  # fmt: skip
     problem = (
         query, cached.keys, cached.values,
@@ -95,11 +95,11 @@ def _attend_by_rules(
     return (*result, rules.weights) if wants_lse else (result, rules.weights)
 
 
-def _room(query: Array, cached: Cached) -> Array | None:
+def _room(call: str, query: Array, cached: Cached) -> Array | None:
     """Zeros (..., Hq, Sq, keys) for weights; None where the query does not fit, which C will say."""
     key, value = _explain.cache_as_arrays(cached.keys, cached.values, cached.block_table, cached.longest)
     try:
         shape = (*_explain.output_shape(query, key, value)[:-1], cached.longest)
     except (ValueError, IndexError):
         return None
-    return np.zeros(shape, np.float64 if query.dtype.itemsize == 8 else np.float32)
+    return room_for_weights(call, shape, query)

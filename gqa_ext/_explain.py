@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import _core
-from ._arguments import as_scale
+from ._arguments import as_scale, room
 from ._messages import ATTENTION, FLOATS, ROPE, Array, brief, count, fail, fits, heads, kind, native, one_of, shapes
 from ._rules import Rules
 
@@ -52,8 +52,7 @@ def attention(
         as_scale(ATTENTION, scale, query.dtype)
     if rules is not None:
         check_rules(rules, query, key, shape)
-    if out is not None:
-        check_out(out, shape, query)
+    check_result(out, shape, query, key, value)
     arrays = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "out": out}
     flags = f"{is_causal=}, {alignment=}, {scale=}, {enable_gqa=}, {rules=}, {return_lse=}"
     came = ", ".join(f"{name} is {brief(array)}" for name, array in arrays.items())
@@ -217,6 +216,16 @@ def mask_fix(mask: Array, target: tuple[int, ...]) -> str:
     if mask.ndim > 1 and fits(mask.swapaxes(-1, -2).shape, target):
         return "pass attn_mask.swapaxes(-1, -2), rows are queries"
     return "pass a mask of that shape, or with 1 in any place"
+
+
+def check_result(out: Any, shape: tuple[int, ...], query: Array, key: Array, value: Array) -> None:
+    """What is written fits, and fits into memory; the LSE may take more of it than narrow values."""
+    if out is not None:
+        check_out(out, shape, query)
+    fix = f"pass fewer heads, rows or sequences at once ({shapes(query=query, key=key, value=value)})"
+    exact = np.float64 if native(query.dtype) == np.float64 else np.float32
+    for name, size, dtype in (("out", shape, native(query.dtype)), ("lse", shape[:-1], exact)):
+        room(ATTENTION, name, size, dtype, fix)
 
 
 def check_rules(rules: Any, query: Array, key: Array, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ._arguments import as_flag, as_str
+from ._arguments import as_flag, as_str, room
 from ._messages import Array, fail
 from ._state import NORMS, PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
 
@@ -103,6 +103,9 @@ class Projections:
         dtype: np.dtype[Any],
         rng: np.random.Generator,
     ) -> None:
+        for name, shape in zip(PROJECTIONS, shapes, strict=True):  # before anything is drawn, in float64
+            fix = "pass fewer or smaller heads, or a smaller embed_dim"
+            room(type(self).__name__, f"{name}.weight", shape, np.float64, fix)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             Linear(*shape, bias=has_bias, dtype=dtype, rng=rng)
             for shape, has_bias in zip(shapes, (bias, bias, bias, out_bias), strict=True)

@@ -106,7 +106,13 @@ def _room_for_weights(query: Array, key: Array, value: Array) -> Array | None:
         shape = (*_explain.output_shape(query, key, value)[:-1], key.shape[-2])
     except (ValueError, IndexError):
         return None
-    return np.zeros(shape, np.float64 if query.dtype.itemsize == 8 else np.float32)
+    return room_for_weights(ATTENTION, shape, query)
+
+
+def room_for_weights(call: str, shape: tuple[int, ...], query: Array) -> Array:
+    """Zeros of that shape, exact as the LSE."""
+    dtype = np.float64 if query.dtype.itemsize == 8 else np.float32
+    return _arguments.room(call, "weights", shape, dtype, "leave them out, or pass fewer rows at once", np.zeros)
 
 
 def attend_into(out: Array, problem: Problem, return_lse: bool, call: str = ATTENTION) -> Any:

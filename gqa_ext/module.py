@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_scale
+from ._arguments import as_dropout, as_flag, as_int, as_kv_heads, as_scale, room
 from ._from_checkpoint import FromCheckpoint
 from ._from_mha import FromMha
 from ._layer_arguments import (
@@ -290,7 +290,7 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
             rules |= {"dropout_p": self.dropout, "rng": self.rng}
         if rows[-1] > 1:  # heads side by side, as o_proj wants them
             out = (*rows[:-2], rows[-1], self.num_heads, self.v_head_dim)
-            rules["out"] = np.empty(out, self.dtype).swapaxes(-2, -3)
+            rules["out"] = room(call, "what attention gives", out, self.dtype, "pass fewer rows").swapaxes(-2, -3)
         return rules
 
     def _joined(self, attended: Array, heads: Array | None) -> Array:

@@ -92,11 +92,11 @@ def _attend(
 ) -> tuple[Array, Array]:
     """The call itself, with the LSE; rows past the last offset belong to no sequence."""
     query, _, value = arrays
-    shape = (*query.shape[:2], value.shape[2])
-    target = np.empty(shape, native(query.dtype)) if out is None else _arguments.as_out(out, CALL)
+    shape, dtype, fix = (*query.shape[:2], value.shape[2]), native(query.dtype), "pass fewer rows or heads at once"
+    target = _arguments.room(CALL, "out", shape, dtype, fix) if out is None else _arguments.as_out(out, CALL)
     _explain.check_out(target, shape, query, CALL)
     clash = any(_arguments.overlap(target, array) for array in arrays)
-    written = np.empty(shape, native(query.dtype)) if clash else target
+    written = np.empty(shape, dtype) if clash else target
     q, k, v, o = (array.transpose(1, 0, 2) for array in (*arrays, written))
     lse: Array = np.ascontiguousarray(_core.attention(q, k, v, None, *options, True, rules, o, True)[1].T)
     if rules.cu_seqlens_q is not None:

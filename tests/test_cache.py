@@ -257,6 +257,12 @@ def test_errors(call: Any, error: type[Exception], words: str) -> None:
     assert cache.lengths.tolist() == [1, 1]
 
 
+def test_a_result_that_no_memory_holds() -> None:
+    cache, query = KVCache(1, 1, 1, capacity=8, v_head_dim=64), np.broadcast_to(np.float16(0), (2**58, 1, 1, 1))
+    with pytest.raises(MemoryError, match=r"^KVCache.attend\(\): out would have shape \(288230376151711744, 1"):
+        cache.attend(query)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -231,6 +231,25 @@ def test_out_is_untouched_by_a_refused_call() -> None:
     assert (out == 7).all()
 
 
+def wide(*shape: int) -> np.ndarray:
+    """As many elements as one may ask for, in the memory of one."""
+    return np.broadcast_to(np.float16(0), shape)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "changes", "came"),
+    [
+        ((wide(2**40, 1), wide(5, 1), wide(5, 2**30)), {}, "out would have shape (1099511627776, 1073741824)"),
+        ((wide(2**61, 1), wide(5, 1), wide(5, 0)), {"return_lse": True}, "lse would have shape (2305843009213693952,)"),
+        ((wide(2**40, 1), wide(2**40, 1), wide(2**40, 1)), {"return_weights": True}, "weights would have shape (1099"),
+    ],
+)
+def test_a_result_that_no_memory_holds(arrays: Any, changes: dict[str, Any], came: str) -> None:
+    message = refusal(MemoryError, scaled_dot_product_attention, *arrays, **changes)
+    assert message.startswith(came)
+    assert "; an array that memory can hold was wanted: " in message
+
+
 HELPERS = [
     (ValueError, repeat_kv, (KEY, 0), "n_rep is 0; at least 1 was wanted: pass n_rep=1 or more"),
     (TypeError, repeat_kv, (KEY, 1.5), "n_rep is 1.5, a float; an int was wanted: "),

@@ -125,6 +125,14 @@ def test_dropout_follows_the_sequence() -> None:
         ({"out": np.ones((10, 6, 12))}, TypeError, "out has dtype float64; query's dtype float32 was wanted: pass"),
         ({"out": np.broadcast_to(np.float32(0), (10, 6, 12))}, ValueError, "out is read-only"),
         ({"out": [1.0]}, TypeError, "out is a list"),
+        (
+            {
+                name: np.broadcast_to(np.float32(0), shape)
+                for name, shape in (("query", (10, 600, 20)), ("value", (22, 2, 2**50)))
+            },
+            MemoryError,
+            r"out would have shape \(10, 600, 1125899906842624\); an array that memory can hold",
+        ),
         ({"scale": 1e40}, ValueError, r"scale is 1e\+40; 0 or a size from .*: pass float64 arrays"),
         ({"dropout_p": 2.0}, ValueError, "dropout_p is 2.0"),
         ({"dropout_p": 0.5, "rng": "seed"}, TypeError, "rng is"),

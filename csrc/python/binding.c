@@ -26,7 +26,15 @@ PyObject *explain(const char *call, PyObject *const *args, Py_ssize_t nargs) {
     return NULL;
 }
 
+/* Whether NumPy refused a size that no address counts, a ValueError that says nothing of the call; forgets it if so. */
+static bool overflows(enum gqa_status status) {
+    if (status != GQA_NO_MEMORY || !PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_ValueError)) return false;
+    PyErr_Clear();
+    return true;
+}
+
 PyObject *refuse(enum gqa_status status, const char *call, PyObject *const *args, Py_ssize_t nargs) {
+    if (overflows(status)) return explain(call, args, nargs);
     if (PyErr_Occurred()) /* interrupted, or NumPy could not allocate */
         return NULL;
     if (status == GQA_NO_MEMORY) return PyErr_NoMemory();
