@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ._messages import ATTENTION, Array, fail, heads, kind
+from ._messages import ATTENTION, Array, divisors, fail, heads, kind, short
 
-SLOTS = ("query", "key", "value", "attn_mask")  # arrays whose rows attn_mask can drop
+SLOTS = ("query", "key", "value")  # arrays whose rows attn_mask can drop
+_MASKS = "bools or floating-point numbers"
+_DTYPES = {"integers": "np.int64", _MASKS: "bool"}  # what makes arrays of these, else np.float32
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
@@ -25,10 +27,9 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers") -> Array:
     """An exact ndarray over the same memory where there is one (lists are copied); ``of`` is for messages."""
     wanted = f"an array of {of} was wanted"
-    fix = f"pass np.asarray({name}, {'np.int64' if of == 'integers' else 'np.float32'})"
+    fix = f"pass np.asarray({name}, {_DTYPES.get(of, 'np.float32')})"
     if isinstance(thing, np.ma.MaskedArray):
-        fix = f"pass {name}.filled(...)" + (" and the masked slots in attn_mask" if name in SLOTS else "")
-        fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", fix)
+        fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", _filled(name, thing))
     if thing is None or isinstance(thing, (bool, str, bytes)):
         fail(TypeError, call, f"{name} is {kind(thing)}", wanted, f"pass an array as {name}")
     try:
@@ -44,6 +45,13 @@ def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers
     return array
 
 
+def _filled(name: str, thing: np.ma.MaskedArray[Any, Any]) -> str:
+    """How a plain array is made of a masked one."""
+    if name == "attn_mask":
+        return f"pass attn_mask.filled({False if thing.dtype.kind in 'biu' else '-np.inf'}), which masks those slots"
+    return f"pass {name}.filled(...)" + (" and the masked slots in attn_mask" if name in SLOTS else "")
+
+
 def as_arrays(**things: Any) -> list[Array]:
     """query, key and value of an attention call."""
     return [thing if type(thing) is np.ndarray else as_array(ATTENTION, name, thing) for name, thing in things.items()]
@@ -56,7 +64,7 @@ def as_mask(thing: Any, call: str = ATTENTION) -> Array:
     if isinstance(thing, (bool, np.bool_)):
         fix = f"pass is_causal={bool(thing)} by its name"
         fail(TypeError, call, f"attn_mask is {bool(thing)}", "an array was wanted", fix)
-    return as_array(call, "attn_mask", thing)
+    return as_array(call, "attn_mask", thing, _MASKS)
 
 
 def as_flag(call: str, name: str, thing: Any) -> bool:
@@ -88,9 +96,9 @@ def as_index(call: str, name: str, thing: Any, fix: str) -> int:
         fail(TypeError, call, f"{name} is {kind(thing)}", "an int was wanted", fix)
 
 
-def as_int(call: str, name: str, thing: Any, least: int) -> int:
+def as_int(call: str, name: str, thing: Any, least: int, fix: str = "") -> int:
     """A whole number of at least ``least``."""
-    fix = f"pass {name}={least} or more"
+    fix = fix or f"pass {name}={least} or more"
     number = as_index(call, name, thing, fix)
     if number < least:
         fail(ValueError, call, f"{name} is {number}", f"at least {least} was wanted", fix)
@@ -101,9 +109,8 @@ def as_kv_heads(call: str, num_kv_heads: Any, num_heads: int) -> int:
     """A divisor of num_heads."""
     number = as_int(call, "num_kv_heads", num_kv_heads, 1)
     if num_heads % number:
-        divisors = ", ".join(str(n) for n in range(1, min(num_heads, 256) + 1) if num_heads % n == 0)
         came = f"num_kv_heads is {number} for num_heads {num_heads}"
-        fail(ValueError, call, came, "a divisor of num_heads was wanted", f"pass one of {divisors}")
+        fail(ValueError, call, came, "a divisor of num_heads was wanted", f"pass one of {divisors(num_heads)}")
     return number
 
 
@@ -115,15 +122,14 @@ def as_axis(call: str, axis: Any, name: str, array: Array, fix: str) -> int:
     return place % array.ndim
 
 
-def as_dtype(call: str, name: str, thing: Any) -> np.dtype[Any]:
+def as_dtype(call: str, name: str, thing: Any, known: str = '"float16", "bfloat16" or "float32"') -> np.dtype[Any]:
     """A dtype with a size; None, which NumPy takes for float64, is not one."""
     try:
         dtype: np.dtype[Any] = np.dtype(thing)
     except (TypeError, ValueError, SyntaxError):  # NumPy parses strings with Python's own parser
         dtype = np.dtype(object)
     if thing is None or dtype.hasobject or dtype.itemsize == 0:
-        fix = f'pass {name}="float16", "bfloat16" or "float32"'
-        fail(TypeError, call, f"{name} is {kind(thing)}", "a dtype was wanted", fix)
+        fail(TypeError, call, f"{name} is {kind(thing)}", "a dtype was wanted", f"pass {name}={known}")
     return dtype
 
 
@@ -190,7 +196,7 @@ def is_lower_right(alignment: Any, is_causal: bool, query: Array, key: Array, ca
     if not isinstance(alignment, str) or alignment not in ("upper_left", "lower_right"):
         wanted = "'upper_left', 'lower_right' or None was wanted"
         fix = "pass 'lower_right' where the last query row belongs to the last key, else leave it out"
-        fail(ValueError, call, f"causal_alignment is {alignment!r:.40}", wanted, fix)
+        fail(ValueError, call, f"causal_alignment is {short(alignment)}", wanted, fix)
     return alignment == "lower_right"
 
 

@@ -84,7 +84,7 @@ def _attend_by_rules(
         **given)  # fmt: skip
     problem = (
         query, cached.keys, cached.values,
-        None if attn_mask is None else _arguments.as_array(call, "attn_mask", attn_mask, "bools or floats"),
+        None if attn_mask is None else _arguments.as_mask(attn_mask, call),
         _arguments.as_flag(call, "is_causal", is_causal), True,
         None if scale is None else _arguments.as_scale(call, scale, query.dtype), True, rules,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ._config_rope import fill_rope, find_rope
-from ._messages import fail
+from ._messages import fail, short
 from .bias import get_alibi_slopes
 from .convert.architectures import LONE
 from .convert.layouts import Model
@@ -48,7 +48,7 @@ def attention_options(call: str, model: Model, config: Mapping[str, Any], number
     name, layer = model.architecture, model.layers[number]
     for key in ("clip_qkv", "use_bidirectional_attention"):
         if name in ROTATIONS and config.get(key):
-            came, wanted = f"config.json has {key} {config[key]!r:.40}", "attention without it was wanted"
+            came, wanted = f"config.json has {key} {short(config[key])}", "attention without it was wanted"
             fail(NotImplementedError, call, came, wanted, "use the library that the model comes from")
     options: dict[str, Any] = {}
     if name in ROTATIONS:
@@ -76,7 +76,8 @@ def _number(
     entry: float | None = config.get(key, default)
     if entry is None or (type(entry) in (int, float) and (entry > 0 or (zero and entry == 0))):
         return entry
-    came, wanted = f"config.json has {key} {entry!r:.40}", f"a number {'of at least' if zero else 'above'} 0 was wanted"
+    came = f"config.json has {key} {short(entry)}"
+    wanted = f"a number {'of at least' if zero else 'above'} 0 was wanted"
     return fail(ValueError, call, came, wanted, "restore the config")
 
 
@@ -91,7 +92,7 @@ def _slides(call: str, name: str, config: Mapping[str, Any], number: int) -> boo
         first = _number(call, config, "max_window_layers", 28, zero=True) or 0
         return number % 2 == 0 if name == "gemma2" else number >= first
     if not isinstance(types, list) or number >= len(types):
-        came = f"config.json has layer_types {types!r:.40}"
+        came = f"config.json has layer_types {short(types)}"
         fail(ValueError, call, came, f"a list with one for layer {number} was wanted", "restore the config")
     return bool(types[number] == "sliding_attention")
 

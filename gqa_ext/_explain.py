@@ -12,7 +12,22 @@ import numpy as np
 
 from . import _core
 from ._arguments import as_scale, room
-from ._messages import ATTENTION, FLOATS, ROPE, Array, brief, count, fail, fits, heads, kind, native, one_of, shapes
+from ._messages import (
+    ATTENTION,
+    FLOATS,
+    ROPE,
+    Array,
+    brief,
+    count,
+    divisors,
+    fail,
+    fits,
+    heads,
+    kind,
+    native,
+    one_of,
+    shapes,
+)
 from ._rules import Rules
 
 DOUBLE = FLOATS[-1:]
@@ -171,9 +186,15 @@ def check_heads(query: Array, key: Array, value: Array, enable_gqa: bool) -> Non
         wanted = f"without grouping the heads must be equal, or 1 ({where})"
         came = f"key has {count(hk, 'head')} but query has {hq} and enable_gqa is False"
         fail(ValueError, ATTENTION, came, wanted, "pass enable_gqa=True")
-    if hq != hk and (hk == 0 or hq % hk):
-        came = f"key has {count(hk, 'head')} but query has {hq}"
-        fail(ValueError, ATTENTION, came, f"query heads must be a multiple of key heads ({where})")
+    check_ratio(hq, hk, where)
+
+
+def check_ratio(q_heads: int, k_heads: int, where: str, call: str = ATTENTION) -> None:
+    """Each key head is read by equally many query heads."""
+    if q_heads != k_heads and (k_heads == 0 or q_heads % k_heads):
+        came = f"key has {count(k_heads, 'head')} but query has {q_heads}"
+        wanted = f"query heads must be a multiple of key heads ({where})"
+        fail(ValueError, call, came, wanted, f"pass key and value with one of {divisors(q_heads)} heads")
 
 
 def output_shape(query: Array, key: Array, value: Array) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def as_layer_slopes(call: str, alibi_slopes: Any, num_heads: int) -> Array:
 
 def as_layer_dtype(call: str, dtype: Any) -> np.dtype[Any]:
     """float32 or float64, in native byte order."""
-    number = native(as_dtype(call, "dtype", dtype))
+    number = native(as_dtype(call, "dtype", dtype, known="'float32' or 'float64'"))
     wanted, fix = "float32 or float64 was wanted", "pass dtype='float32'"
     if number in HALVES:
         fail(NotImplementedError, call, f"dtype is {number}, which is not implemented yet", wanted, fix)

@@ -57,7 +57,16 @@ def kind(thing: Any) -> str:
     cls = type(thing)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     name = ("an " if name[0] in "aeiou" else "a ") + name
-    return f"{thing!r:.40}, {name}" if isinstance(thing, (int, float, complex, str, bytes)) else name
+    return f"{short(thing)}, {name}" if isinstance(thing, (int, float, complex, str, bytes)) else name
+
+
+def short(thing: Any) -> str:
+    """What it looks like, in at most 40 characters; dots say that there is more."""
+    try:
+        text = repr(thing)
+    except ValueError:  # Python prints no int of more than 4300 digits
+        text = hex(thing)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def brief(thing: Any) -> str:
@@ -68,6 +77,11 @@ def brief(thing: Any) -> str:
 def count(number: int, noun: str) -> str:
     """``1 head``, ``2 heads``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def divisors(number: int) -> str:
+    """``1, 2, 4, 8``, those up to 256."""
+    return ", ".join(str(n) for n in range(1, min(number, 256) + 1) if number % n == 0)
 
 
 def heads(array: Array) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from ._arguments import as_flag, as_str, room
-from ._messages import Array, fail
+from ._messages import Array, fail, short
 from ._state import NORMS, PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
 
 
@@ -161,7 +161,7 @@ class Projections:
         prefix = as_str(call, "prefix", prefix, "pass prefix='' for none")
         if as_str(call, "out_name", out_name, "leave it out") not in ("o_proj", "out_proj"):
             wanted = "'o_proj' or 'out_proj' was wanted"
-            fail(ValueError, call, f"out_name is {out_name!r:.40}", wanted, "rename the entry afterwards")
+            fail(ValueError, call, f"out_name is {short(out_name)}", wanted, "rename the entry afterwards")
         return {prefix + name.replace("o_proj.", f"{out_name}."): array for name, array in self.named_parameters()}
 
     def load_state_dict(

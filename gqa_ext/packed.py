@@ -135,10 +135,7 @@ def check_packed(query: Array, key: Array, value: Array) -> None:
     if query.shape[2] != key.shape[2] or query.shape[2] == 0 or key.shape[:2] != value.shape[:2]:
         wanted = "query and key must share head_dim, key and value rows and heads"
         fail(ValueError, CALL, f"the shapes are {where}", wanted, "pass (T, heads, head_dim) arrays that do")
-    hq, hk = query.shape[1], key.shape[1]
-    if hq != hk and (hk == 0 or hq % hk):
-        came = f"key has {hk} heads but query has {hq}"
-        fail(ValueError, CALL, came, f"query heads must be a multiple of key heads ({where})")
+    _explain.check_ratio(query.shape[1], key.shape[1], where, CALL)
 
 
 def as_starts(name: str, thing: Any, rows: Array) -> Array:

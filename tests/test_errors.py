@@ -93,13 +93,14 @@ SHAPES = [
     ),
     ({"scale": -1e-39, "query": QUERY.astype(ml_dtypes.bfloat16)}, "scale is -1e-39; 0 or a size", "pass scale=1.0"),
     ({"scale": 5e-324}, "scale is 5e-324; 0 or a size", "pass scale=1.0"),
-    ({"scale": 10**400}, "scale is 1000", "pass a float, or None for 1/sqrt(head_dim)"),
+    ({"scale": 10**400}, f"scale is 1{36 * '0'}..., an int; a real ", "pass a float, or None for 1/sqrt(head_dim)"),
+    ({"scale": 10**5000}, "scale is 0x", "pass a float, or None for 1/sqrt(head_dim)"),
     ({"dropout_p": 1.5}, "dropout_p is 1.5; a probability between 0 and 1 was wanted", "pass dropout_p=0.0"),
     ({"dropout_p": -0.1}, "dropout_p is -0.1; ", "pass dropout_p=0.0"),
     ({"dropout_p": float("nan")}, "dropout_p is nan; ", "pass dropout_p=0.0"),
     ({"causal_alignment": "bottom_right"}, "causal_alignment is 'bottom_right'; ", "else leave it out"),
     ({"causal_alignment": ["upper_left"]}, "causal_alignment is ['upper_left']; ", "else leave it out"),
-    ({"causal_alignment": list(range(99))}, "causal_alignment is [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1; ", ""),
+    ({"causal_alignment": list(range(99))}, "causal_alignment is [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11...; ", ""),
     ({"query": [[1.0, 2.0], [3.0]]}, "query is a list that is no array (", "make its rows equally long"),
 ]
 
@@ -115,7 +116,7 @@ def test_the_house_example_to_the_letter() -> None:
     query, key = np.ones((2, 32, 128, 64), np.float32), np.ones((2, 6, 128, 64), np.float32)
     assert refusal(ValueError, scaled_dot_product_attention, query, key, key) == (
         "key has 6 heads but query has 32; query heads must be a multiple of key heads "
-        "(query (2, 32, 128, 64), key (2, 6, 128, 64))"
+        "(query (2, 32, 128, 64), key (2, 6, 128, 64)): pass key and value with one of 1, 2, 4, 8, 16, 32 heads"
     )
 
 
@@ -170,7 +171,13 @@ TYPES = [
     ({"attn_mask": np.ones((5, 7), np.int64)}, "attn_mask.astype(bool), True where a key may be seen"),
     ({"attn_mask": np.ones((5, 7), np.uint8)}, "attn_mask has dtype uint8; bool, float16, bfloat16, "),
     ({"attn_mask": np.ones((5, 7), complex)}, "attn_mask has dtype complex128; "),
-    ({"attn_mask": np.ma.ones((5, 7))}, "attn_mask is a masked array; "),
+    ({"attn_mask": np.ma.ones((5, 7))}, ": pass attn_mask.filled(-np.inf), which masks those slots"),
+    ({"attn_mask": np.ma.ones((5, 7), bool)}, "pass attn_mask.filled(False), which masks those slots"),
+    ({"attn_mask": "causal"}, "attn_mask is 'causal', a str; an array of bools or floating-point numbers was wanted: "),
+    (
+        {"attn_mask": [[None]]},
+        "of Python objects; an array of bools or floating-point numbers was wanted: pass np.asarray(attn_mask, bool)",
+    ),
     ({"scale": "0.1"}, "scale is '0.1', a str; a real number was wanted: pass a float, or None"),
     ({"scale": True}, "scale is True; "),
     ({"scale": 1j}, "scale is 1j, a complex; "),

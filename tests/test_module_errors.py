@@ -42,6 +42,7 @@ CONSTRUCTORS = [
     (ValueError, r"rng is ", (128, 8, 2), {"rng": -1}),
     (MemoryError, r"q_proj.weight would have shape \(1099511627776, 1099511627776\); an array", (2**40, 8, 2), {}),
     (MemoryError, r"v_proj.weight would have shape \(2417851639229258349412352, 8\)", (8, 8, 2), {"v_head_dim": 2**80}),
+    (TypeError, r"dtype is None; a dtype was wanted: pass dtype='float32' or 'float64'$", (128, 8, 2), {"dtype": None}),
     (NotImplementedError, r"dtype is float16", (128, 8, 2), {"dtype": "float16"}),
     (NotImplementedError, r"dtype is bfloat16", (128, 8, 2), {"dtype": "bfloat16"}),
     (TypeError, r"rope is True; a gqa_ext.RotaryEmbedding .*RotaryEmbedding\(16\)", (128, 8, 2), {"rope": True}),

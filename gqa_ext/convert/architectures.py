@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from .._messages import fail, kind
+from .._messages import fail, kind, short
 
 __all__ = ["ARCHITECTURES", "LONE", "Layout", "as_layout"]
 
@@ -125,7 +125,7 @@ def as_layout(call: str, layout: Any) -> Layout:
     made = Layout(**layout)
     if made.fused not in ("stacked", "interleaved"):
         wanted = "'stacked' or 'interleaved' was wanted"
-        fail(ValueError, call, f"layout['fused'] is {made.fused!r:.40}", wanted, "pass 'stacked' for q, k, v in turn")
+        fail(ValueError, call, f"layout['fused'] is {short(made.fused)}", wanted, "pass 'stacked' for q, k, v in turn")
     return made
 
 

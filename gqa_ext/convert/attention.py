@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .._arguments import as_array, as_flag, as_int, as_kv_heads
-from .._messages import Array, fail, kind, native
+from .._messages import Array, fail, kind, native, short
 from .header import TensorInfo, dtype_name
 from .heads import LayerChange, Pooling, change_layer
 from .layouts import Model, read_model
@@ -112,7 +112,7 @@ def convert_attention(
     """
     check_method(method, head_weights, CALL)
     if output not in ("native", "expanded"):
-        fail(ValueError, CALL, f"output is {output!r:.40}", "'native' or 'expanded' was wanted", "leave it out")
+        fail(ValueError, CALL, f"output is {short(output)}", "'native' or 'expanded' was wanted", "leave it out")
     arrays = _as_arrays(weights)
     num_heads = as_int(CALL, "num_heads", num_heads, 1)
     refuse_extra_keys(CALL, arrays)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._arguments import as_flag, as_int, as_kv_heads
-from .._messages import fail, kind
+from .._messages import fail, kind, short
 from .architectures import ARCHITECTURES, LONE, Layout, as_layout, unknown
 from .heads import Layer, LayerPlan, Pooling, Shapes, change_layer, read_layer
 from .methods import check_method
@@ -164,9 +164,7 @@ def read_model(
     head_dim = _head_dim(call, config, row, num_heads)
     found = find_layers(call, row, shapes)
     _check_layer_count(call, config, list(found))
-    layers = tuple(
-        read_layer(call, row, index, prefix, shapes, num_heads, head_dim) for index, prefix in found.items()
-    )
+    layers = tuple(read_layer(call, row, index, prefix, shapes, num_heads, head_dim) for index, prefix in found.items())
     for layer in layers:
         for part in layer.parts:
             refuse_unpoolable(call, part.name, tensors[part.name])
@@ -228,7 +226,7 @@ def _number(call: str, config: Mapping[str, Any], *keys: str) -> int | None:
         entry = config.get(key)
         if entry is not None:
             if type(entry) is not int or entry < 1:
-                came = f"config.json has {key} {entry!r:.40}"
+                came = f"config.json has {key} {short(entry)}"
                 fail(ValueError, call, came, "an int of at least 1 was wanted", "restore the config")
             return entry
     return None
@@ -277,7 +275,7 @@ def _check_kv_heads(call: str, config: Mapping[str, Any], row: Layout, layer: La
 def _is_expanded(output: Any) -> bool:
     if output not in ("native", "expanded"):
         wanted = "'native' or 'expanded' was wanted"
-        fail(ValueError, CALL, f"output is {output!r:.40}", wanted, "leave it out for 'native'")
+        fail(ValueError, CALL, f"output is {short(output)}", wanted, "leave it out for 'native'")
     return bool(output == "expanded")
 
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._arguments import as_array, as_axis, as_int, as_kv_heads
-from .._messages import fail, kind, native
+from .._messages import fail, kind, native, short
 
 __all__ = ["METHODS", "pool_heads"]
 
@@ -126,7 +126,7 @@ def check_method(method: Any, weights: Any, call: str = CALL) -> None:
     """A method we know, and weights only where they mean something."""
     if not isinstance(method, str) or method not in METHODS:
         known = " or ".join(repr(name) for name in METHODS)
-        fail(ValueError, call, f"method is {method!r:.40}", f"{known} was wanted", "pass method='mean'")
+        fail(ValueError, call, f"method is {short(method)}", f"{known} was wanted", "pass method='mean'")
     if weights is not None and method != "mean":
         wanted = "weights go with method='mean' only"
         fail(ValueError, call, f"weights came with method={method!r}", wanted, "leave out one of them")
@@ -154,11 +154,11 @@ def as_members(groups: Any, num_heads: int, num_kv_heads: int, call: str = CALL)
     fix = "leave groups out to pool neighbours"
     if isinstance(groups, (Mapping, str)) or not isinstance(groups, Iterable):
         fail(TypeError, call, f"groups is {kind(groups)}", wanted, fix)
-    lists = []
+    lists, ints = [], f"pass ints from 0 to {num_heads - 1}"
     for group in groups:
         if isinstance(group, (Mapping, str)) or not isinstance(group, Iterable):
             fail(TypeError, call, f"groups holds {kind(group)}", wanted, fix)
-        lists.append([as_int(call, "a head in groups", head, 0) for head in group])
+        lists.append([as_int(call, "a head in groups", head, 0, ints) for head in group])
     sizes = sorted({len(group) for group in lists})
     if len(lists) != num_kv_heads or sizes != [size]:
         fail(ValueError, call, f"groups has {len(lists)} lists of lengths {sizes}", wanted, fix)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._figures import figure_class
+from .._messages import short
 from .header import DTYPES
 from .parts import read_exactly
 
@@ -67,15 +68,13 @@ def head_similarity(report: Report, layer: int, role: str = "key") -> NDArray[np
     from .source import open_source
 
     if role not in ROLES:
-        raise ValueError(f"head_similarity(): role is {role!r:.40}; 'key' or 'value' was wanted")
+        raise ValueError(f"head_similarity(): role is {short(role)}; 'key' or 'value' was wanted")
     known = {row.layer: row for row in report.layers}
     if layer not in known:
-        raise ValueError(f"head_similarity(): layer is {layer!r:.40}; one of 0 to {max(known)} was wanted")
+        raise ValueError(f"head_similarity(): layer is {short(layer)}; one of 0 to {max(known)} was wanted")
     source, row = open_source(report.source), known[layer]
     before = [other.num_kv_heads_before for other in report.layers]
-    plan = plan_model(
-        source.config, source.tensors, before, output="expanded", allow_gqa=True, num_heads=row.num_heads
-    )
+    plan = plan_model(source.config, source.tensors, before, output="expanded", allow_gqa=True, num_heads=row.num_heads)
     heads = next(getattr(layer_plan, role) for layer_plan in plan.layers if layer_plan.index == layer)
     shard = source.shards[source.shard_of(heads.name)]
     info = shard.header.tensors[heads.name]
