@@ -215,6 +215,19 @@ def warn_unequal(call: str, query: Array, key: Array) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
+def rounded(
+    call: str, name: str, array: Array, dtype: np.dtype[Any], fix: str = "build the layer with dtype='float64'"
+) -> Array:
+    """A copy in a layer's dtype; a finite number that would become infinite there is refused."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    lost = np.isinf(result) & np.isfinite(array)
+    if lost.any():
+        wanted = f"numbers that {dtype} holds were wanted, up to {np.finfo(dtype).max:.3g}"
+        fail(ValueError, call, f"{name} has {array[lost][0]}", wanted, fix)
+    return result
+
+
 def room(
     call: str, name: str, shape: tuple[int, ...], dtype: Any, fix: str, make: Callable[..., Array] = np.empty
 ) -> Array:

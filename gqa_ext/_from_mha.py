@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from ._arguments import as_int
+from ._arguments import as_int, rounded
 from ._messages import Array, fail, kind
 from ._state import NORMS, PROJECTIONS, STACKED, State, as_state, listed, translate
 from .convert.methods import check_method, pool_heads
@@ -165,13 +165,14 @@ def _measure(state: dict[str, Array], num_heads: int, options: dict[str, Any]) -
         came = ", ".join(f"{name} {array.shape}" for name, array in state.items())
         wanted = f"heads of one size for num_heads {num_heads} were wanted, and o_proj back to q_proj's input"
         fail(ValueError, CALL, f"source has {came}", wanted, "check num_heads and that weights are (out, in)")
-    dtype = np.float64 if any(array.dtype == np.float64 for array in state.values()) else np.float32
-    arrays = {name: array.astype(dtype, copy=False) for name, array in state.items()}
+    dtype = np.dtype(np.float64 if any(array.dtype == np.float64 for array in state.values()) else np.float32)
+    fix = "pass float64 weights"  # NumPy's longdouble holds more than float32
+    arrays = {n: array if array.dtype == dtype else rounded(CALL, n, array, dtype, fix) for n, array in state.items()}
     bias = any(f"{name}.bias" in state for name in STACKED)
     if bias:  # Whisper has none for keys, which is the same as zeros
         for name, rows in zip(STACKED, (q_rows, k_rows, v_rows), strict=True):
             arrays.setdefault(f"{name}.bias", np.zeros(rows, dtype))
     measured = {"head_dim": head_dim, "v_head_dim": v_head_dim, "kv_embed_dim": kv_embed_dim}
     measured |= {"bias": bias, "out_bias": "o_proj.bias" in state, "sinks": arrays.get("sinks")}
-    measured["dtype"] = np.dtype(dtype).name
+    measured["dtype"] = dtype.name
     return MhaSource(embed_dim, num_heads, num_kv_heads, options | measured, arrays)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arguments import as_array, as_dtype, as_int, as_mask, as_real, is_lower_right
+from ._arguments import as_array, as_dtype, as_int, as_mask, as_real, is_lower_right, rounded
 from ._explain import check_lengths, check_mask
 from ._messages import COMPUTED, HALVES, Array, fail, fits, kind, native, shapes
 from ._rules import as_integers, as_slopes
@@ -108,7 +108,7 @@ def _as_input(call: str, name: str, thing: Any, option: str, width: int, dtype: 
     """(B, N, width) or (N, width) of the layer's dtype."""
     array = as_array(call, name, thing)
     if not hasattr(thing, "dtype") and array.dtype.kind in "iuf":  # a list has no dtype that could disagree
-        array = array.astype(dtype)
+        array = rounded(call, name, array, dtype)
     if native(array.dtype) != dtype:
         fix = f"pass {name}.astype(np.{dtype})"
         if native(array.dtype) in COMPUTED:
@@ -172,7 +172,7 @@ def as_head_mask(call: str, thing: Any, num_heads: int, dtype: np.dtype[Any]) ->
         fail(TypeError, call, f"head_mask has dtype {array.dtype}", "real numbers were wanted", fix)
     if array.shape != (num_heads,):
         fail(ValueError, call, f"head_mask has shape {array.shape}", f"(num_heads,) = ({num_heads},) was wanted", fix)
-    return array.astype(dtype)
+    return rounded(call, "head_mask", array, dtype)
 
 
 # ---- repr ----

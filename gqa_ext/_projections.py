@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ._arguments import as_flag, as_str, room
+from ._arguments import as_flag, as_str, room, rounded
 from ._messages import Array, fail, short
 from ._state import NORMS, PROJECTIONS, STACKED, IncompatibleKeys, as_state, check_fit, translate
 
@@ -111,7 +111,7 @@ class Projections:
             for shape, has_bias in zip(shapes, (bias, bias, bias, out_bias), strict=True)
         )
         self.q_norm, self.k_norm = (None if norm is None else RMSNorm(*norm, dtype) for _ in NORMS)
-        self.sinks = None if sinks is None else sinks.astype(dtype)
+        self.sinks = None if sinks is None else rounded(type(self).__name__, "sinks", sinks, dtype)
         self.training = False
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
@@ -188,7 +188,8 @@ class Projections:
         Raises
         ------
         ValueError
-            One that lists all missing, unexpected and misshaped names; the layer is then as before.
+            One that lists all missing, unexpected and misshaped names, or names a tensor with a finite number that
+            the layer's dtype makes infinite; the layer is then as before.
         TypeError
             No mapping, an entry that is no array of real numbers, or a `prefix` that is no str.
         """
@@ -200,7 +201,12 @@ class Projections:
         own = dict(self.named_parameters())
         hint = "GroupedQueryAttention.from_mha(state_dict, num_kv_heads, num_heads=...) pools multi-head weights"
         left = check_fit(call, state, {name: array.shape for name, array in own.items()}, strict=strict, hint=hint)
-        fresh = {name: state.arrays[name].astype(array.dtype) for name, array in own.items() if name in state.arrays}
+        fix = "build the layer with dtype='float64', or mend the weights; nothing was loaded"
+        fresh = {
+            name: rounded(call, f"{prefix}{state.given[name]}", state.arrays[name], array.dtype, fix)
+            for name, array in own.items()
+            if name in state.arrays
+        }
         for name, array in fresh.items():
             own[name][...] = array
         return left

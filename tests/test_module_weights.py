@@ -211,6 +211,27 @@ def test_a_bad_state_dict_is_named(error: type[Exception], message: str, change:
         np.testing.assert_array_equal(array, before[name])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "shape"), [("o_proj.weight", (8, 8)), ("in_proj_weight", (24, 8)), ("q_proj.bias", (8,))]
+)
+def test_a_weight_that_the_layer_cannot_hold_is_named_and_nothing_is_loaded(name: str, shape: tuple[int, ...]) -> None:
+    ours = GroupedQueryAttention(8, 2, 2, bias=True, rng=0)
+    before = kept(ours)
+    state = {"a.k_proj.bias": np.ones(8), f"a.{name}": np.full(shape, -1e300)}
+    words = rf"load_state_dict\(\): a\.{name} has -1e\+300; numbers that float32 holds .*; nothing was loaded"
+    with pytest.raises(ValueError, match=words):
+        ours.load_state_dict(state, strict=False, prefix="a.")
+    for own, array in ours.named_parameters():
+        np.testing.assert_array_equal(array, before[own])
+
+
+def test_a_weight_that_is_infinite_stays_so() -> None:
+    ours = MultiHeadAttention(8, 2, bias=True)
+    ours.load_state_dict({"q_proj.bias": np.array([np.inf, -np.inf, np.nan, *[3e38] * 5])}, strict=False)
+    np.testing.assert_array_equal(ours.q_proj.bias, np.float32([np.inf, -np.inf, np.nan, *[3e38] * 5]))
+
+
 # ---- from_mha ----
 
 
