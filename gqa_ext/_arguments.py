@@ -146,22 +146,21 @@ def as_real(call: str, name: str, thing: Any, fix: str) -> float:
 
 
 def as_scale(call: str, thing: Any, dtype: np.dtype[Any], wider: str = "float64 arrays") -> float:
-    """A finite float that the arithmetic for ``dtype`` holds; ``wider`` is what to pass for float64's."""
+    """A finite float that the arithmetic for ``dtype`` holds; ``wider`` is what to pass for float64's, if anything."""
     fix = "pass a float, or None for 1/sqrt(head_dim)"
     scale = thing if type(thing) is float else as_real(call, "scale", thing, fix)
     if not math.isfinite(scale):
         wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
         fail(ValueError, call, f"scale is {scale}", wanted, "leave it out or pass a finite one")
-    fix = f"pass {wider}, or multiply query by it in float64 and pass scale=1.0"
-    check_held(call, "scale", scale, dtype, fix)
+    check_held(call, "scale", scale, dtype, wider, "multiply query by it in float64 and pass scale=1.0")
     return scale
 
 
-def check_held(call: str, name: str, number: float, dtype: np.dtype[Any], fix: str) -> None:
-    """Where scores are made in float32, a number that it holds with all its digits."""
+def check_held(call: str, name: str, number: float, dtype: np.dtype[Any], wider: str, other: str) -> None:
+    """Where scores are made in float32, a number that it holds with all its digits; two ways to mend it."""
     if number and not _SMALLEST <= abs(number) <= _LARGEST and dtype.itemsize < 8:
         wanted = f"0 or a size from {_SMALLEST:.3g} to {_LARGEST:.3g} was wanted, as scores are made in float32"
-        fail(ValueError, call, f"{name} is {number}", wanted, fix)
+        fail(ValueError, call, f"{name} is {number}", wanted, f"pass {wider}, or {other}" if wider else other)
 
 
 def as_dropout(call: str, name: str, thing: Any) -> float:

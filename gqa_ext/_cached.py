@@ -77,7 +77,7 @@ def _attend_by_rules(
     given: dict[str, Any] = {n: as_integers(call, n, thing) for n, thing in integers.items() if thing is not None}
     rules = with_dropout(cached.plain_rules(), dropout_p, rng, call)._replace(
         left=left, right=right,
-        softcap=0.0 if softcap is None else as_softcap(call, softcap, query.dtype),
+        softcap=0.0 if softcap is None else as_softcap(call, softcap, query.dtype, wider=""),
         alibi_slopes=None if alibi_slopes is None else as_slopes(call, alibi_slopes),
         sinks=None if sinks is None else as_sinks(call, sinks, heads(query)),
         weights=_room(call, query, cached) if _arguments.as_flag(call, "return_weights", return_weights) else None,
@@ -86,7 +86,7 @@ def _attend_by_rules(
         query, cached.keys, cached.values,
         None if attn_mask is None else _arguments.as_mask(attn_mask, call),
         _arguments.as_flag(call, "is_causal", is_causal), True,
-        None if scale is None else _arguments.as_scale(call, scale, query.dtype), True, rules,
+        None if scale is None else _arguments.as_scale(call, scale, query.dtype, wider=""), True, rules,
     )  # fmt: skip
     wants_lse = _arguments.as_flag(call, "return_lse", return_lse)
     result = _core.attention(*problem, None, wants_lse) if out is None else attend_into(out, problem, wants_lse, call)

@@ -109,7 +109,7 @@ def as_softcap(call: str, thing: Any, dtype: np.dtype[Any], wider: str = "float6
         wanted = "a finite number of at least 0 was wanted, 0 or None to leave scores as they are"
         fix = "pass a positive one, as in softcap=50.0, or leave it out"
         fail(ValueError, call, f"softcap is {softcap}", wanted, fix)
-    check_held(call, "softcap", softcap, dtype, f"pass {wider}, or leave it out where it is that large")
+    check_held(call, "softcap", softcap, dtype, wider, "leave it out where it is that large")
     return softcap
 
 

@@ -240,7 +240,7 @@ ROW = np.ones((2, 2, 1, 8), np.float32)
         (lambda c: c.attend(ROW, attn_mask=True), TypeError, "attn_mask is True; an array .*: pass is_causal=True"),
         (lambda c: c.attend(ROW, attn_mask=[[None]]), TypeError, r"Python objects; .*np.asarray\(attn_mask, bool\)"),
         (lambda c: c.attend(ROW, is_causal=1), TypeError, "is_causal is 1"),
-        (lambda c: c.attend(ROW, scale=1e40), ValueError, r"scale is 1e\+40; 0 or a size from .*: pass float64"),
+        (lambda c: c.attend(ROW, scale=1e40), ValueError, r"scale is 1e\+40; 0 or a size from .*: multiply query"),
         (lambda c: c.attend(ROW, window=(-1, 0)), ValueError, "window"),
         (lambda c: c.attend(ROW, out=np.ones(3, np.float32)), ValueError, "out has shape"),
         (lambda c: c.crop(-1), ValueError, "n is -1"),

@@ -97,7 +97,7 @@ QUERY = np.ones((2, 4, 1, 8), np.float32)
          r"float64 goes only with float64: pass value_blocks\.astype\(np\.float64\), or both as float32"),
         ({"key_blocks": BLOCKS.astype(np.float64), "value_blocks": BLOCKS.astype(np.float64)}, TypeError,
          r"query has dtype float32; float64 was wanted, as the cache holds float64: pass query\.astype\(np\.float64\)"),
-        ({"scale": 1e40}, ValueError, r"scale is 1e\+40; 0 or a size from .*: pass float64 arrays"),
+        ({"scale": 1e40}, ValueError, r"scale is 1e\+40; 0 or a size from .*: multiply query"),
         ({"causal_alignment": "lower_right"}, TypeError, "causal_alignment"),
         ({"nonsense": 3}, TypeError, "nonsense is given; known are attn_mask, .*: leave nonsense out"),
     ],
