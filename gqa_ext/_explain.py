@@ -106,7 +106,7 @@ def check_blocks(table: Array, lengths: Array, blocks: Array) -> None:
     if len(bad):
         b, j = bad[0]
         wanted = f"a block from 0 to {len(blocks) - 1} was wanted, as sequence {b} has {lengths[b]} keys"
-        fix = f"give it {-(-int(lengths[b]) // rows)} blocks of {rows} rows"
+        fix = f"give it {count(-(-int(lengths[b]) // rows), 'block')} of {rows} rows"
         fail(ValueError, ATTENTION, f"block_table[{b}, {j}] is {table[b, j]}", wanted, fix)
 
 
