@@ -77,14 +77,16 @@ struct gqa_kernels {
     /* The same products of bfloat16 queries and keys of an even head_dim, times scale; each NULL where the CPU has no
      * instruction for pairs of them, in which a subnormal counts as 0, or none that is faster.  c is written only. */
     void (*outer_pairs)(void *c,                     /* (n, lanes), row stride row_tile */
-                        double scale, const void *a, /* (count, lanes) pairs, row stride row_tile; zeros up to a
-                                                      * multiple of `lanes` rows */
+                        double scale, const void *a, /* (count, lanes) pairs, row stride row_tile */
                         int lanes, const void *b,    /* (n, 2 * count), row stride b_stride */
                         ptrdiff_t b_stride, int n, int count);
     void (*dot_pairs)(void *s,                                     /* (rows, keys), row stride GQA_KEY_TILE */
                       double scale, const void *q,                 /* (rows, head_dim), zero-padded */
                       ptrdiff_t q_stride, int rows, const void *k, /* (keys, head_dim), row stride k_stride */
                       ptrdiff_t k_stride, int keys, int head_dim, ptrdiff_t ahead);
+
+    /* Whether a and b of outer_pairs are to have zeros up to a multiple of `lanes` pairs, and b rows in whole lines. */
+    bool whole_pairs;
 
     /* bfloat16 values for weigh_pairs, key beside key: zeros for the keys and dims that are not there, and for what is
      * not finite; whether all was.  NULL where outer is as fast. */

@@ -274,6 +274,7 @@ const struct gqa_kernels KERNELS = {
     .dot_pairs = dot_pairs,
 #elif defined(MATRICES)
     .outer_pairs = outer_pairs,
+    .whole_pairs = true,
     .turn_pairs = turn_pairs,
     .weigh_pairs = weigh_pairs,
 #endif

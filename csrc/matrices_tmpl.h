@@ -1,7 +1,7 @@
 /* matrices_tmpl.h: bfloat16 queries, keys and values as whole matrices, for vocabularies that have words for them
  * (MATRICES).  Many rows only: few are bound by memory.
  *
- * Scores are as in pairs_tmpl.h.  A weight goes as the sum of three bfloat16, which is it; values, which must
+ * Scores are as in pairs_tmpl.h, of keys in whole lines.  A weight goes as the sum of three bfloat16, which is it; values, which must
  * lie key beside key, are turned once for all row tiles.  A register's sums are grouped by where keys lie in their
  * tile, so a step begins with the tile's first key.
  * Included by kernels_tmpl.h; the table's outer_pairs, turn_pairs and weigh_pairs. */
@@ -15,44 +15,28 @@ enum {
 
 BLOCK int blocks_of(int rows) { return rows < MOST ? (rows + MATRIX - 1) / MATRIX : MATRICES; }
 
-/* The last pairs of each row, and zeros: what lies behind a row may be NaN. */
-BLOCK void copy_rest(uint32_t to[MOST][MATRIX], const char *from, ptrdiff_t step, int rows, int rest) {
-    memset(to, 0, sizeof *to * MOST);
-    for (int r = 0; r < rows; r++) memcpy(to[r], from + r * step, (size_t)(rest * PAIR));
-}
-
-/* One strip of c: `rows` rows of b times a; both go by `count` pairs, of which a has zeros up to a multiple of
- * MATRIX, and b's in `last`. */
-BLOCK void outer_pairs_strip(real *c, vec scale, const char *a, const char *b, ptrdiff_t b_step, const char *last,
-                             int rows, int count) {
+/* One strip of c: `rows` rows of b times a. */
+BLOCK void outer_pairs_strip(real *c, vec scale, const char *a, const char *b, ptrdiff_t b_step, int rows, int count) {
     const ptrdiff_t a_step = ROW_TILE * PAIR;
     const int blocks = blocks_of(rows);
     mzero(blocks);
     for (int t = 0; t < count; t += MATRIX) {
-        if (count - t < MATRIX)
-            mleft(last, MATRIX * PAIR, blocks);
-        else
-            mleft(b + t * PAIR, b_step, blocks);
+        mleft(b + t * PAIR, b_step, blocks);
         mfma(a + t * a_step, a_step, blocks);
     }
     mstore((char *)c, ROW_TILE * sizeof(real), blocks);
     for (int r = 0; r < rows; r++) vstore(c + r * ROW_TILE, vmul(vload(c + r * ROW_TILE), scale));
 }
 
-static void outer_pairs(void *c, double scale, const void *a, int lanes, const void *b_, ptrdiff_t b_stride, int n,
+static void outer_pairs(void *c, double scale, const void *a, int lanes, const void *b, ptrdiff_t b_stride, int n,
                         int count) {
-    const ptrdiff_t step = 2 * b_stride;
     const vec by = vset(clamped(scale));
-    const int rest = count % MATRIX;
-    _Alignas(64) uint32_t last[MOST][MATRIX];
     for (int i = 0; i < n; i += MOST) {
         const int rows = n - i < MOST ? n - i : MOST;
-        const char *b = (const char *)b_ + i * step;
-        if (rest) copy_rest(last, b + (count - rest) * PAIR, step, rows, rest);
         if (i == 0 || rows % MATRIX) mbegin(rows);
         for (int lane = 0; lane < lanes; lane += LANES)
-            outer_pairs_strip((real *)c + i * ROW_TILE + lane, by, (const char *)a + lane * PAIR, b, step,
-                              (const char *)last, rows, count);
+            outer_pairs_strip((real *)c + i * ROW_TILE + lane, by, (const char *)a + lane * PAIR,
+                              (const char *)b + 2 * i * b_stride, 2 * b_stride, rows, count);
     }
     mend();
 }

@@ -43,11 +43,24 @@ static struct gqa_rows view_pairs(const struct gqa_plan *plan, const struct gqa_
     return gqa_narrow_rows(plan, rows, count, operand->width, scratch);
 }
 
+/* Rows of bfloat16 in whole lines, with zeros behind them. */
+static struct gqa_rows whole_pairs(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                                   struct gqa_rows rows, int64_t count) {
+    const int64_t stride = 2 * gqa_row_reals(plan, unit->form), width = plan->head_dim;
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t *to = (uint16_t *)(void *)work->pairs + i * stride;
+        memcpy(to, rows.data + i * rows.stride * (int64_t)sizeof *to, (size_t)width * sizeof *to);
+        memset(to + width, 0, (size_t)(stride - width) * sizeof *to);
+    }
+    return (struct gqa_rows){work->pairs, (ptrdiff_t)stride, GQA_BFLOAT16};
+}
+
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
-    if (unit->form->paired)
+    if (unit->form->paired) {
         keys->key = view_pairs(plan, unit, &plan->key, keys, work->key);
-    else
+        if (plan->kernels->whole_pairs) keys->key = whole_pairs(plan, unit, work, keys->key, keys->end - keys->first);
+    } else
         keys->key =
             gqa_view_keys(plan, &plan->key, &plan->key_scales, unit, keys->first, keys->end - keys->first, work->key);
 }

@@ -32,6 +32,8 @@ size_t gqa_work_lay(const struct gqa_plan *plan, struct gqa_work *work, char *sc
     work->bias = take(&cursor, plan->biased ? GQA_KEY_TILE * tile_rows * real : 0);
     work->key = take(&cursor, GQA_KEY_TILE * plan->head_dim * real);
     work->value = take(&cursor, GQA_KEY_TILE * plan->v_dim * real);
+    const bool whole = plan->lanes.paired && plan->kernels->whole_pairs;
+    work->pairs = take(&cursor, whole ? GQA_KEY_TILE * gqa_row_reals(plan, &plan->lanes) * real : 0);
     work->turned = take(&cursor, plan->lanes.turned ? v_dim * GQA_TURNED * (int64_t)sizeof(uint16_t) : 0);
     work->row = take(&cursor, gqa_max(head_dim, v_dim) * real);
     work->rows = take(&cursor, lanes * gqa_max(GQA_KEY_TILE, gqa_max(head_dim, v_dim)) * real);

@@ -11,6 +11,7 @@ struct gqa_work {
     char *scores;            /* (GQA_KEY_TILE, row_tile), or one (rows, GQA_KEY_TILE) for each tile of a span */
     char *bias;              /* one tile's shape */
     char *key, *value;       /* (GQA_KEY_TILE, head_dim), (.., v_dim): loaded rows */
+    char *pairs;             /* (GQA_KEY_TILE, gqa_row_reals pairs): keys for outer_pairs that wants them whole */
     char *turned;            /* (v_dim, GQA_TURNED) bfloat16, v_dim padded: values for weigh_pairs */
     char *row;               /* one row of anything */
     char *rows;              /* (lanes, head_dim, v_dim or GQA_KEY_TILE, padded): rows to be turned, or that were */

@@ -56,17 +56,21 @@ static void test_dot_of(int rows, int keys, int head_dim, enum kind kind, double
 
 /* q lies in lanes, pair after pair. */
 static void test_outer_of(int lanes, int keys, int head_dim, enum kind kind, double scale) {
-    const ptrdiff_t k_stride = head_dim + 3, c_stride = kernels->row_tile;
+    const bool whole = kernels->whole_pairs;
+    const ptrdiff_t k_stride = whole ? 2 * padded(head_dim / 2) : head_dim + 3, c_stride = kernels->row_tile;
     double *q_values, *k_values, size;
     char *drawn_q = draw((ptrdiff_t)lanes * head_dim, kind, &q_values);
     char *k = draw((keys - 1) * k_stride + head_dim, kind, &k_values);
-    char *q = calloc((size_t)(c_stride * padded(head_dim / 2)), 4); /* zeros up to a multiple of lanes pairs */
+    char *q = calloc((size_t)(c_stride * (whole ? padded(head_dim / 2) : head_dim / 2)), 4);
+    char *k_whole = aligned_alloc(64, (size_t)(keys * k_stride * 2 + 63) / 64 * 64);
     void *c = reals(keys * c_stride, 7e7);
-    if (!q) exit(3);
+    if (!q || !k_whole) exit(3);
+    memset(k_whole, 0, (size_t)(keys * k_stride * 2));
+    for (int j = 0; j < keys; j++) memcpy(k_whole + j * k_stride * 2, k + 1 + j * k_stride * 2, (size_t)head_dim * 2);
     for (int lane = 0; lane < lanes; lane++)
         for (int t = 0; t < head_dim / 2; t++)
             memcpy(q + (t * c_stride + lane) * 4, drawn_q + 1 + (lane * head_dim + 2 * t) * 2, 4);
-    kernels->outer_pairs(c, scale, q, lanes, k + 1, k_stride, keys, head_dim / 2);
+    kernels->outer_pairs(c, scale, q, lanes, whole ? k_whole : k + 1, k_stride, keys, head_dim / 2);
     for (int j = 0; j < keys; j++)
         for (int lane = 0; lane < (int)c_stride; lane++) {
             double wanted = 7e7;
@@ -78,7 +82,7 @@ static void test_outer_of(int lanes, int keys, int head_dim, enum kind kind, dou
                    lane < lanes ? allowed(head_dim, size, scale) : 0);
         }
     judge("outer_pairs", lanes, keys, head_dim, (int)kind);
-    free(drawn_q), free(k), free(q), free(c), free(q_values), free(k_values);
+    free(drawn_q), free(k), free(k_whole), free(q), free(c), free(q_values), free(k_values);
 }
 
 static uint16_t turned_bits(const char *turned, int d, int t) {
