@@ -24,12 +24,6 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* Brings what lies some bytes on towards the second-level cache: used where arithmetic or the order of
- * reading keeps the prefetchers from running ahead; elsewhere it only costs. */
-BLOCK void fetch_ahead(const void *p, ptrdiff_t bytes) {
-    __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)bytes), 0, 2);
-}
-
 #include "load_tmpl.h"
 
 /* ---- rows to come ---- */

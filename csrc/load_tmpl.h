@@ -115,11 +115,7 @@ BLOCK void load_halves(real *to, const char *from, ptrdiff_t step, const enum gq
     const bool plain = step == 2 && !swapped;
     int i = 0;
     if (plain)
-        for (; n - i >= LANES; i += LANES) {
-            fetch_ahead(from + i * step,
-                        GQA_FETCH_AHEAD); /* loads come in bursts, with products between them: 12 % of a decode */
-            vstore(to + i, widened(from + i * step, dtype));
-        }
+        for (; n - i >= LANES; i += LANES) vstore(to + i, widened(from + i * step, dtype));
     for (; i < n; i += LANES)
         load_some_halves(to + i, from + i * step, step, dtype, swapped, n - i < LANES ? n - i : LANES);
 }

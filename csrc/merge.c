@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "view.h"
+
 struct accumulators {
     char *o, *m, *l;
 };
@@ -89,6 +91,17 @@ static void join_sinks(const struct gqa_plan *plan, const struct gqa_unit *unit,
     kernels->blend(a->o, NULL, form->o_lanes, form->o_rows, form->o_lanes, work->hi, NULL, form->few);
 }
 
+/* As many rows as a vector has lanes, turned to where they go. */
+static bool store_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, const char *o, int64_t row,
+                        int64_t rows) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    ptrdiff_t stride;
+    if (unit->form->few || plan->lse.data || rows < kernels->lanes || plan->v_dim % kernels->lanes != 0) return false;
+    char *to = gqa_even_rows(plan, unit, &plan->out, row, &stride);
+    if (to) kernels->turn(to, stride, o, unit->form->o_lanes, (int)plan->v_dim, kernels->lanes);
+    return to != NULL;
+}
+
 /* A tile's finished rows from `first` on, one vector's lanes of them turned into rows. */
 static void store_outputs(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t tile,
                           const struct accumulators *a, int64_t first, int64_t end) {
@@ -96,6 +109,7 @@ static void store_outputs(const struct gqa_plan *plan, const struct gqa_unit *un
     const struct gqa_form *form = unit->form;
     const int64_t real = (int64_t)kernels->real_size, row = unit->first_row + tile * form->tile_rows;
     const int64_t width = form->few ? form->o_lanes : form->o_rows;
+    if (store_lanes(plan, unit, a->o + first * real, row + first, end - first)) return;
     const char *rows = form->few ? a->o + first * width * real : work->rows;
     if (!form->few) kernels->turn(work->rows, width, a->o + first * real, form->o_lanes, form->o_rows, kernels->lanes);
     for (int64_t i = first; i < end; i++)

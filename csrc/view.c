@@ -8,9 +8,13 @@ static bool lies_plainly(const struct gqa_operand *operand, const char *at) {
     return operand->plain && ((uintptr_t)at & (uintptr_t)(operand->size - 1)) == 0;
 }
 
+/* Bytes, a multiple of the element's size, in elements. */
+static ptrdiff_t in_elements(const struct gqa_operand *operand, int64_t bytes) {
+    return (ptrdiff_t)(bytes >> __builtin_ctzll((unsigned long long)operand->size));
+}
+
 static struct gqa_rows in_place(const struct gqa_operand *operand, const char *at) {
-    return (struct gqa_rows){at, (ptrdiff_t)(operand->row >> __builtin_ctzll((unsigned long long)operand->size)),
-                             operand->dtype};
+    return (struct gqa_rows){at, in_elements(operand, operand->row), operand->dtype};
 }
 
 /* To scratch (count, width), as reals. */
@@ -29,6 +33,15 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
                               int64_t count, void *scratch) {
     if (operand->dtype == gqa_own_dtype(kernels) && lies_plainly(operand, at)) return in_place(operand, at);
     return loaded(kernels, operand, at, count, scratch);
+}
+
+char *gqa_even_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
+                    int64_t row, ptrdiff_t *stride) {
+    const int64_t step = plan->group == 1 ? operand->row : operand->head;
+    const bool even = step % operand->size == 0 && (plan->group == 1 || step * plan->group == operand->row);
+    char *at = gqa_operand_at(plan, operand, unit->sequence, unit->kv_head * plan->group) + row * step;
+    *stride = in_elements(operand, step);
+    return even && operand->dtype == gqa_own_dtype(plan->kernels) && lies_plainly(operand, at) ? at : NULL;
 }
 
 /* ---- keys of a sequence, which may be those of a cache ---- */

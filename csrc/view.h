@@ -16,6 +16,11 @@ struct gqa_rows {
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                               int64_t count, void *scratch);
 
+/* Where a row of the unit's kv head lies, if it and those after it are reals at one stride, which goes to *stride;
+ * else NULL. */
+char *gqa_even_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
+                    int64_t row, ptrdiff_t *stride);
+
 /* Keys of one sequence and head that lie at one stride, the operand's. */
 struct gqa_run {
     const char *at;

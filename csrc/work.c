@@ -64,34 +64,60 @@ char *gqa_query_tile(const struct gqa_plan *plan, const struct gqa_unit *unit, c
            tile * gqa_row_reals(plan, unit->form) * unit->form->tile_rows * (int64_t)plan->kernels->real_size;
 }
 
-/* A row of the kv head, whose queries begin at `head`: scaled reals, or bfloat16 as it came. */
+/* A row of the kv head, whose queries begin at `head`: reals, or bfloat16 as it came. */
 static void pack_row(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, const char *head,
                      int64_t row, char *to) {
-    const struct gqa_kernels *kernels = plan->kernels;
     const char *at = head + row % plan->group * plan->query.head + row / plan->group * plan->query.row;
-    const struct gqa_rows from = gqa_view_rows(kernels, &plan->query, at, 1, work->row);
-    if (unit->form->paired)
-        memcpy(to, gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row).data,
-               (size_t)plan->head_dim * sizeof(uint16_t));
-    else
-        kernels->multiply(to, from.data, (int)plan->head_dim, plan->scale);
+    struct gqa_rows from = gqa_view_rows(plan->kernels, &plan->query, at, 1, work->row);
+    if (unit->form->paired) from = gqa_narrow_rows(plan, from, 1, plan->head_dim, work->row);
+    memcpy(to, from.data, (size_t)plan->head_dim * (unit->form->paired ? sizeof(uint16_t) : plan->kernels->real_size));
 }
 
-/* Rows lie zero-padded when they are few; else as many as a vector has lanes are packed side by side, then turned. */
-static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
-    const struct gqa_kernels *kernels = plan->kernels;
-    const int64_t lanes = kernels->lanes, real = (int64_t)kernels->real_size, tile_rows = unit->form->tile_rows;
-    const int64_t width = gqa_row_reals(plan, unit->form), side = unit->form->few ? unit->rows : lanes;
+/* Rows first <= r < end, zero-padded, one after another to `to`. */
+static void pack_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first,
+                      int64_t end, int64_t room, char *to) {
+    const int64_t bytes = gqa_row_reals(plan, unit->form) * (int64_t)plan->kernels->real_size;
     const char *head = gqa_operand_at(plan, &plan->query, unit->sequence, unit->kv_head * plan->group);
-    char *rows = unit->form->few ? work->query : work->rows;
-    for (int64_t first = 0; first < unit->rows; first += side) {
-        memset(rows, 0, (size_t)(side * width * real)); /* what is padded, and lanes without a row */
-        for (int64_t r = first; r < gqa_min(first + side, unit->rows); r++)
-            pack_row(plan, unit, work, head, unit->first_row + r, rows + (r - first) * width * real);
-        if (unit->form->few) continue;
-        char *tile = gqa_query_tile(plan, unit, work, first / tile_rows);
-        kernels->turn(tile + first % tile_rows * real, tile_rows, rows, width, (int)lanes, (int)width);
+    memset(to, 0, (size_t)(room * bytes));
+    for (int64_t r = first; r < end; r++)
+        pack_row(plan, unit, work, head, unit->first_row + r, to + (r - first) * bytes);
+}
+
+/* As many rows as a vector has lanes, turned: from where they lie, or packed side by side. */
+static void pack_lanes(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t first) {
+    const struct gqa_kernels *kernels = plan->kernels;
+    const int64_t lanes = kernels->lanes, tile_rows = unit->form->tile_rows, width = gqa_row_reals(plan, unit->form);
+    char *tile = gqa_query_tile(plan, unit, work, first / tile_rows);
+    ptrdiff_t stride = (ptrdiff_t)width;
+    const char *rows = NULL;
+    if (unit->rows - first >= lanes && width == plan->head_dim)
+        rows = gqa_even_rows(plan, unit, &plan->query, unit->first_row + first, &stride);
+    if (!rows) {
+        pack_rows(plan, unit, work, first, gqa_min(first + lanes, unit->rows), lanes, work->rows);
+        rows = work->rows, stride = (ptrdiff_t)width;
     }
+    kernels->turn(tile + first % tile_rows * (int64_t)kernels->real_size, (ptrdiff_t)tile_rows, rows, stride,
+                  (int)lanes, (int)width);
+}
+
+/* Few rows lie one after another, others in lanes, whole tiles of them; reals are scaled. */
+static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work) {
+    const bool few = unit->form->few;
+    const int64_t rows = few ? unit->rows : gqa_round_up(unit->rows, unit->form->tile_rows);
+    if (few) pack_rows(plan, unit, work, 0, rows, rows, work->query);
+    for (int64_t first = 0; first < rows && !few; first += plan->kernels->lanes) pack_lanes(plan, unit, work, first);
+    if (!unit->form->paired)
+        plan->kernels->multiply(work->query, work->query, (int)(rows * gqa_row_reals(plan, unit->form)), plan->scale);
+}
+
+/* Heads of a query see the same keys, and without a window all queries do. */
+static void find_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, int64_t r) {
+    const bool open = plan->left == GQA_FAR && plan->right == GQA_FAR;
+    if (r > 0 && (open || (unit->first_row + r) % plan->group != 0)) {
+        work->row_lo[r] = work->row_lo[r - 1], work->row_hi[r] = work->row_hi[r - 1];
+        return;
+    }
+    gqa_plan_bounds(plan, unit, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
 }
 
 void gqa_unit_begin(const struct gqa_plan *plan, struct gqa_unit *unit, struct gqa_work *work) {
@@ -99,7 +125,7 @@ void gqa_unit_begin(const struct gqa_plan *plan, struct gqa_unit *unit, struct g
     unit->lo = unit->seq_k;
     unit->hi = 0;
     for (int64_t r = 0; r < unit->rows; r++) {
-        gqa_plan_bounds(plan, unit, (unit->first_row + r) / plan->group, &work->row_lo[r], &work->row_hi[r]);
+        find_bounds(plan, unit, work, r);
         if (work->row_lo[r] >= work->row_hi[r]) continue;
         unit->lo = gqa_min(unit->lo, work->row_lo[r]);
         unit->hi = gqa_max(unit->hi, work->row_hi[r]);

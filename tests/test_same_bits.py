@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import gqa_ext
 
 Array = NDArray[Any]
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
 # Few rows and many; one key split and several; more row tiles than one unit holds.
 SIZES = [(1, 6500), (3, 4200), (11, 130), (60, 2200), (450, 300)]
 LONG = [(1, 40_000), (5, 9_001), (70, 5_000)]  # of one head: only its keys can be shared out
@@ -72,6 +72,26 @@ def test_alone_or_in_a_batch(seq_q: int, seq_k: int, dtype: str, isa: str) -> No
             same(attend(query[b : b + 1], key[b : b + 1], value[b : b + 1], **rules), (out[b : b + 1], lse[b : b + 1]))
         same(attend(query[2], key[2], value[2], **rules), (out[2], lse[2]))
         same(attend(query[1:3], key[1:3], value[1:3], **rules), (out[1:3], lse[1:3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+@pytest.mark.parametrize("seq_q", [9, 48, 100])
+def test_wherever_rows_lie(seq_q: int, head_dim: int, dtype: str, isa: str) -> None:
+    """Heads before or behind rows, rows with gaps, out= or in the query's own place, with or without the LSE."""
+    rng = np.random.default_rng(seq_q)
+    query, key, value = (rng.standard_normal((2, h, seq_q, head_dim)).astype(dtype) for h in (8, 2, 2))
+    for group in (4, 1):
+        q = query[:, : 2 * group]
+        wanted = attend(q, key, value, is_causal=True)[0].tobytes()
+        for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2)):
+            moved = np.zeros([(*q.shape[:3], head_dim + 2)[axis] for axis in order], q.dtype).transpose(
+                np.argsort(order)
+            )
+            for place in (moved[..., :head_dim], moved[..., 1:-1]):
+                place[:] = q
+                gqa_ext.scaled_dot_product_attention(place, key, value, is_causal=True, out=place)
+                assert np.ascontiguousarray(place).tobytes() == wanted
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
