@@ -1,9 +1,9 @@
 /* matrices_tmpl.h: bfloat16 queries, keys and values as whole matrices, for vocabularies that have words for them
  * (MATRICES).  Many rows only: few are bound by memory.
  *
- * Scores are as in pairs_tmpl.h, of keys in whole lines.  A weight goes as the sum of three bfloat16, which is it; values, which must
- * lie key beside key, are turned once for all row tiles.  A register's sums are grouped by where keys lie in their
- * tile, so a step begins with the tile's first key.
+ * Scores are as in pairs_tmpl.h, of keys in whole lines.  A weight goes as the sum of three bfloat16, which is it;
+ * values, which must lie key beside key, are turned once for all row tiles.  A register's sums are grouped by where
+ * keys lie in their tile, so a step begins with the tile's first key.
  * Included by kernels_tmpl.h; the table's outer_pairs, turn_pairs and weigh_pairs. */
 /* clang-format off */
 

@@ -1,5 +1,5 @@
-/* amx_bf16.h: the words of avx512.h, and those for matrices of bfloat16 (AMX-BF16): a register holds 16
- * rows of LANES sums, or of LANES pairs, the first of a pair in the low half.
+/* amx_bf16.h: the words of avx512.h, and those for matrices of bfloat16 (AMX-BF16): a register holds 16 rows of LANES
+ * sums, or of LANES pairs, the first of a pair in the low half.
  *
  * Registers are fixed: sums in 0 to 2, left factors in 3 to 5, the right one in 6. */
 #include "avx512.h"
