@@ -1,7 +1,7 @@
 /* dispatch.c: which instruction sets this CPU and OS can run, and which one runs.
  *
  * The list stands widest first; adding an instruction set is its extern line and its row.
- * Called by attention.c for the tables and by python/module.c for the names. */
+ * Called by plan.c for the tables and by python/module.c for the names. */
 #define _DEFAULT_SOURCE /* syscall */
 #include "dispatch.h"
 
@@ -38,7 +38,8 @@ static bool has_avx512_bf16(void) {
     return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & 1u << 5;
 }
 
-/* Linux gives a process the room for matrix registers when it asks, once and for all its threads. */
+/* Linux gives a process the room for matrix registers when it asks, once and for all its threads; not where a stack
+ * for signals is too small for them. */
 static bool may_use_matrices(void) {
 #if defined(__linux__)
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILE_DATA = 18 };
@@ -51,8 +52,7 @@ static bool may_use_matrices(void) {
 static bool has_amx_bf16(void) {
     const unsigned amx = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE */
     unsigned eax, ebx, ecx, edx;
-    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & amx) == amx &&
-           may_use_matrices();
+    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & amx) == amx && may_use_matrices();
 }
 
 /* Whether pairs of bfloat16 go faster than floats: on Zen 4 twice as fast; on Emerald Rapids an instruction takes the

@@ -3,8 +3,8 @@
  * promises stands in kernels.h.
  *
  * A lane's result never depends on its neighbours or on how many there are, and
- * sums over keys run in key order, tile by tile: that is what makes results the
- * same bits however rows and tiles are grouped. */
+ * sums over keys run in key order, tile by tile (matrices: in an order that a key's place in
+ * its tile gives): that is what makes results the same bits however rows and tiles are grouped. */
 /* UNROLL stands before its loop, which clang-format does not understand. */
 /* clang-format off */
 #include "kernels.h"

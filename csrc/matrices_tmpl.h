@@ -59,7 +59,7 @@ static bool turn_pairs(void *to, const void *v, ptrdiff_t stride, int keys, int 
     bool finite = true;
     for (int d = 0; d < width; d += LANES)
         for (int t = 0; t < GQA_TURNED; t += 2 * MATRIX)
-            finite &= turn_pairs_square((char *)to + (d * GQA_TURNED + t) * 2, (const char *)v + (t * stride + d) * 2,
+            finite &= turn_pairs_square((char *)to + (d * (ptrdiff_t)GQA_TURNED + t) * 2, (const char *)v + (t * stride + d) * 2,
                                         2 * stride, keys - t, width - d < LANES ? width - d : LANES);
     return finite;
 }

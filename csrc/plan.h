@@ -1,6 +1,6 @@
 /* plan.h: one attention call, checked and cut into units of work.
  *
- * Made by plan.c from the problem; read by attention.c, tile.c, merge.c, view.c and mask.c.
+ * Made by plan.c from the problem; read by all that an attention call goes through.
  * Sizes count elements, strides count bytes unless they say reals. */
 #ifndef GQA_PLAN_H
 #define GQA_PLAN_H

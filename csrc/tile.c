@@ -104,7 +104,8 @@ static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit 
         step.first = gqa_min(step.first, work->row_lo[r]);
         step.end = gqa_max(step.end, work->row_hi[r]);
     }
-    step.first = form->aligned ? keys->first : gqa_max(step.first, keys->first);
+    step.first = gqa_max(step.first, keys->first);
+    if (form->aligned && step.first < keys->end) step.first = keys->first;
     step.end = gqa_min(step.end, keys->end);
     step.masked = plan->mask.data || plan->key_positions.data || all_lo > step.first || all_hi < step.end;
     const int64_t real = (int64_t)plan->kernels->real_size;
@@ -307,7 +308,7 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
         struct key_tile keys = key_tile_at(first, end);
         load_keys(plan, unit, work, &keys);
         load_values(plan, unit, work, &keys);
-        const bool loaded = keys.value.data == work->value;
+        const bool loaded = unit->form->turned || keys.value.data == work->value;
         struct gqa_upcoming upcoming = gqa_upcoming_after(plan, unit, keys.first, keys.end, loaded);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);

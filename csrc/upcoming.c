@@ -34,7 +34,7 @@ static struct gqa_fetch queries_to_come(const struct gqa_plan *plan, const struc
     return gqa_rows_to_come(at, query->row, count, query->head == width ? plan->group * width : width, GQA_FETCH_LINES);
 }
 
-/* Queries first: they are packed before keys are read.  Rows after the first see no earlier key. */
+/* Queries first: they are packed before keys are read.  Rows after the first seldom see an earlier key. */
 static void expect_unit(struct gqa_upcoming *upcoming, const struct gqa_plan *plan, int64_t index, bool loaded) {
     if (index == plan->units) return;
     const struct gqa_unit unit = gqa_plan_unit(plan, index);

@@ -1,5 +1,5 @@
 /* view.c: the loader.  Type, stride, alignment, byte order, blocks and rings end here.
- * Called by tile.c and merge.c. */
+ * Called by tile.c, work.c, upcoming.c and merge.c. */
 #include "view.h"
 
 #include <string.h>

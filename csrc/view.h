@@ -1,5 +1,5 @@
 /* view.h: rows of the caller's arrays as kernels want them, and results back.
- * Used by tile.c and merge.c. */
+ * Used by tile.c, work.c, upcoming.c and merge.c. */
 #ifndef GQA_VIEW_H
 #define GQA_VIEW_H
 

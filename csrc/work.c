@@ -1,5 +1,5 @@
 /* work.c: the workspace of a thread, and what a unit begins with: its queries, packed as kernels want them, and the
- * keys that its rows may see.  Called by attention.c. */
+ * keys that its rows may see.  Called by attention.c and tile.c. */
 #include "work.h"
 
 #include <string.h>
@@ -106,8 +106,11 @@ static void pack_query(const struct gqa_plan *plan, const struct gqa_unit *unit,
     const int64_t rows = few ? unit->rows : gqa_round_up(unit->rows, unit->form->tile_rows);
     if (few) pack_rows(plan, unit, work, 0, rows, rows, work->query);
     for (int64_t first = 0; first < rows && !few; first += plan->kernels->lanes) pack_lanes(plan, unit, work, first);
-    if (!unit->form->paired)
-        plan->kernels->multiply(work->query, work->query, (int)(rows * gqa_row_reals(plan, unit->form)), plan->scale);
+    const int64_t reals = gqa_min(rows, unit->form->tile_rows) * gqa_row_reals(plan, unit->form);
+    for (int64_t tile = 0; tile * unit->form->tile_rows < rows && !unit->form->paired; tile++) {
+        char *query = gqa_query_tile(plan, unit, work, tile);
+        plan->kernels->multiply(query, query, (int)reals, plan->scale);
+    }
 }
 
 /* Heads of a query see the same keys, and without a window all queries do. */

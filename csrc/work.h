@@ -1,4 +1,4 @@
-/* work.h: a thread's workspace, and how a unit begins.  Used by attention.c, tile.c, bias.c and merge.c. */
+/* work.h: a thread's workspace, and how a unit begins.  Used by attention.c, tile.c, bias.c, weigh.c and merge.c. */
 #ifndef GQA_WORK_H
 #define GQA_WORK_H
 

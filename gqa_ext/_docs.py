@@ -19,7 +19,8 @@ key, value : array_like, (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv), any of these 
     largest so far), before the sum is divided: where abs(value) adds up to more than the largest float over
     a row's keys, the output can be inf or NaN, though the mean is finite. With the ISAs amx_bf16 and
     avx512_bf16 (the latter unasked only on AMD), bfloat16 queries, keys and values of an even D are
-    multiplied as they are, and their subnormals count as 0.""",
+    multiplied as they are: scores are scaled after their sums, and numbers, products and sums below 2**-126
+    count as 0.""",
     "attn_mask": """\
 attn_mask : array_like of bool or float, optional
     Broadcasts to (..., Hq, Sq, Sk) and never widens it. bool: True where a key may be seen. float16,

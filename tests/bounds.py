@@ -18,7 +18,8 @@ Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 
    (A row without live keys is exactly 0.)
 3. The two sums over n live keys and their quotient add (g(n) + 8u) (sum_j p_ij |v_j| + |o_i|).
 4. Weights below c = 2**-102 (float64: 2**-969) of the row's largest count as 0, which adds n (c max|v| +
-   smallest subnormal); the output is rounded once to its dtype.
+   smallest subnormal; of bfloat16, which some ISAs multiply by pairs, smallest normal number); the output is
+   rounded once to its dtype.
 
 The LSE is off by at most sum_j p_ij (e**E_ij - 1) + g(n) + 8u (1 + |lse|).
 
@@ -97,7 +98,8 @@ def bounds(head: Head, head_dim: int, dtype: np.dtype[Any]) -> tuple[Array, Arra
         bound = np.fmin(shift, spread) + total * (weights @ np.abs(value) + np.abs(out))
         largest = np.abs(value).max(axis=0, initial=0.0)
         cut = 2.0**-969 if double else 2.0**-102
-        bound += keys[:, None] * (cut * largest + float(arithmetic.smallest_subnormal))
+        least = arithmetic.smallest_normal if dtype == ml_dtypes.bfloat16 else arithmetic.smallest_subnormal
+        bound += keys[:, None] * (cut * largest + float(least))
         stored = ml_dtypes.finfo(dtype)
         bound += float(stored.eps) / 2 * np.abs(out) + float(stored.smallest_subnormal)
         bound[~(weights > 0).any(axis=-1)] = 0.0
