@@ -98,7 +98,7 @@ class Result:
             f"A layer of {sizes.num_heads} query heads of {sizes.head_dim}, {sizes.embed_dim} wide; {DTYPE} cache, "
             f"float32 prefill of {sizes.prefill:,} tokens; attention only, medians, {self.machine}"
         )
-        heads = ["key/value heads", "parameters", "KV bytes per token", "prefill"]
+        heads = ["key/value heads", "parameters", f"KV bytes per token ({DTYPE})", "prefill"]
         heads += [f"decode at {context:,}" for context in sizes.contexts]
         cells = [
             [_name(row.num_kv_heads, sizes.num_heads), f"{row.parameters:,}", f"{row.kv_bytes:,}",
