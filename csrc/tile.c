@@ -34,12 +34,12 @@ struct step {
 
 /* Rows of bfloat16 as they are, in place where they lie in one run. */
 static struct gqa_rows view_pairs(const struct gqa_plan *plan, const struct gqa_unit *unit,
-                                  const struct gqa_operand *operand, const struct key_tile *keys, char *scratch) {
-    static const struct gqa_operand no_scales;
+                                  const struct gqa_operand *operand, const struct gqa_operand *no_scales,
+                                  const struct key_tile *keys, char *scratch) {
     const int64_t count = keys->end - keys->first;
     const bool one_run = gqa_view_run(plan, operand, unit, keys->first, count).count == count;
     const struct gqa_rows rows = one_run ? gqa_stream_keys(plan, operand, unit, keys->first, keys->end, scratch).rows
-                                         : gqa_view_keys(plan, operand, &no_scales, unit, keys->first, count, scratch);
+                                         : gqa_view_keys(plan, operand, no_scales, unit, keys->first, count, scratch);
     return gqa_narrow_rows(plan, rows, count, operand->width, scratch);
 }
 
@@ -58,7 +58,7 @@ static struct gqa_rows whole_pairs(const struct gqa_plan *plan, const struct gqa
 static void load_keys(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                       struct key_tile *keys) {
     if (unit->form->paired) {
-        keys->key = view_pairs(plan, unit, &plan->key, keys, work->key);
+        keys->key = view_pairs(plan, unit, &plan->key, &plan->key_scales, keys, work->key);
         if (plan->kernels->whole_pairs) keys->key = whole_pairs(plan, unit, work, keys->key, keys->end - keys->first);
     } else
         keys->key =
@@ -69,6 +69,15 @@ static void load_reals(const struct gqa_plan *plan, const struct gqa_unit *unit,
                        struct key_tile *keys) {
     keys->value =
         gqa_view_keys(plan, &plan->value, &plan->value_scales, unit, keys->first, keys->end - keys->first, work->value);
+}
+
+/* What turn_pairs leaves out; zeros for the rest. */
+static void load_not_finite(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
+                            struct key_tile *keys) {
+    load_reals(plan, unit, work, keys);
+    float *value = (float *)(void *)work->value;
+    for (int64_t i = 0; i < (keys->end - keys->first) * plan->v_dim; i++)
+        if (isfinite(value[i])) value[i] = 0;
 }
 
 static bool all_finite(const struct gqa_plan *plan, const struct key_tile *keys) {
@@ -84,10 +93,11 @@ static void load_values(const struct gqa_plan *plan, const struct gqa_unit *unit
         load_reals(plan, unit, work, keys);
         return;
     }
-    keys->value = view_pairs(plan, unit, &plan->value, keys, work->value);
+    keys->value = view_pairs(plan, unit, &plan->value, &plan->value_scales, keys, work->value);
     const bool finite = plan->kernels->turn_pairs(work->turned, keys->value.data, keys->value.stride,
                                                   (int)(keys->end - keys->first), (int)plan->v_dim);
     keys->state = finite ? FINITE : NOT_FINITE;
+    if (!finite) load_not_finite(plan, unit, work, keys);
 }
 
 static struct step find_step(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_work *work,
@@ -261,22 +271,17 @@ static void add_reals(const struct gqa_plan *plan, const struct step *step, cons
 }
 
 /* Turned values are all finite: the others are added on their own, which changes no bit of a row that masks them. */
-static void add_turned(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
-                       const struct step *step, struct key_tile *keys) {
+static void add_turned(const struct gqa_plan *plan, struct gqa_work *work, const struct step *step,
+                       struct key_tile *keys) {
     plan->kernels->weigh_pairs(step->o, work->alpha, step->scores, lanes_of(plan, step), work->turned, (int)plan->v_dim,
                                (int)(step->end - step->first));
-    if (keys->state == FINITE) return;
-    load_reals(plan, unit, work, keys);
-    float *value = (float *)(void *)work->value;
-    for (int64_t i = 0; i < (keys->end - keys->first) * plan->v_dim; i++)
-        if (isfinite(value[i])) value[i] = 0;
-    add_reals(plan, step, work->ones, keys, NULL);
+    if (keys->state == NOT_FINITE) add_reals(plan, step, work->ones, keys, NULL);
 }
 
 static void add_values(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
                        const struct step *step, struct key_tile *keys, struct gqa_fetch *next) {
     if (unit->form->turned)
-        add_turned(plan, unit, work, step, keys);
+        add_turned(plan, work, step, keys);
     else
         add_reals(plan, step, work->alpha, keys, next);
 }
@@ -308,8 +313,9 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
         struct key_tile keys = key_tile_at(first, end);
         load_keys(plan, unit, work, &keys);
         load_values(plan, unit, work, &keys);
-        const bool loaded = unit->form->turned || keys.value.data == work->value;
-        struct gqa_upcoming upcoming = gqa_upcoming_after(plan, unit, keys.first, keys.end, loaded);
+        struct gqa_upcoming upcoming = {.count = 0}; /* matrices ask for nothing */
+        if (!unit->form->turned)
+            upcoming = gqa_upcoming_after(plan, unit, keys.first, keys.end, keys.value.data == work->value);
         for (int64_t tile = 0; tile * unit->form->tile_rows < unit->rows && !gqa_job_stopped(job); tile++) {
             const struct step step = find_step(plan, unit, work, tile, &keys, part);
             if (step.first >= step.end) continue;

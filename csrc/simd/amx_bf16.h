@@ -44,10 +44,11 @@ static inline void mbegin(int rows) {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } shape = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64}, .rows = {[6] = MATRIX}};
-    for (int i = 0; i < MATRICES && rows > 0; i++, rows -= MATRIX)
+    } shape = {.palette = 1, .bytes = {[6] = 64}, .rows = {[6] = MATRIX}};
+    for (int i = 0; i < MATRICES && rows > 0; i++, rows -= MATRIX) {
         shape.rows[i] = shape.rows[MATRICES + i] = (uint8_t)(rows < MATRIX ? rows : MATRIX);
-    for (int i = 0; i < 2 * MATRICES; i++) shape.bytes[i] = shape.rows[i] ? 64 : 0;
+        shape.bytes[i] = shape.bytes[MATRICES + i] = 64;
+    }
     stored();
     _tile_loadconfig(&shape);
 }
