@@ -26,6 +26,8 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 
 def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers") -> Array:
     """An exact ndarray over the same memory where there is one (lists are copied); ``of`` is for messages."""
+    if type(thing) is np.ndarray and thing.dtype != object:
+        return thing
     wanted = f"an array of {of} was wanted"
     fix = f"pass np.asarray({name}, {_DTYPES.get(of, 'np.float32')})"
     if isinstance(thing, np.ma.MaskedArray):
@@ -59,8 +61,6 @@ def as_arrays(**things: Any) -> list[Array]:
 
 def as_mask(thing: Any, call: str = ATTENTION) -> Array:
     """attn_mask as an ndarray; a Python bool there is a slip of position."""
-    if type(thing) is np.ndarray:
-        return thing
     if isinstance(thing, (bool, np.bool_)):
         fix = f"pass is_causal={bool(thing)} by its name"
         fail(TypeError, call, f"attn_mask is {bool(thing)}", "an array was wanted", fix)

@@ -92,6 +92,6 @@ def heads(array: Array) -> int:
 def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether ``shape`` broadcasts to ``target`` without widening it."""
     try:
-        return np.broadcast_shapes(shape, target) == target
+        return shape == target or np.broadcast_shapes(shape, target) == target
     except ValueError:
         return False

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _core
 from ._arguments import as_array, as_int
+from ._blocks import Blocks, Sequences
 from ._cached import Cached, attend_cached
 from ._explain import check_dtype, check_same_precision
 from ._messages import Array, count, fail, fits, kind, shapes
@@ -78,7 +79,8 @@ def paged_attention(
     if not fits(lengths.shape, table.shape[:1]):
         wanted = f"one length for each row of block_table {table.shape} was wanted"
         fail(ValueError, call, f"kv_lengths has shape {lengths.shape}", wanted, f"pass shape {table.shape[:1]}")
-    lengths = np.broadcast_to(lengths, table.shape[:1])
+    if lengths.shape != table.shape[:1]:
+        lengths = np.broadcast_to(lengths, table.shape[:1])
     cached = Cached(keys, values, None, None, table, lengths, table.shape[1] * keys.shape[2])
     return attend_cached(call, cached, query, is_causal, rules)
 
@@ -143,15 +145,15 @@ class PagedKVCache:
         self.dtype = as_cache_dtype(call, dtype)
         self._keys, self._key_scales = self._make_blocks()
         self._values, self._value_scales = self._make_blocks()
-        self._free = _FreeBlocks(self.num_blocks)
-        self._users = [0] * self.num_blocks  # sequences that have each block
-        self._sequences: dict[int, _Sequence] = {}
+        self._blocks = Blocks(self.num_blocks)
+        self._sequences = Sequences()
+        self._rows: dict[int, int] = {}  # where in them each id is
         self._next = 0
 
     @property
     def free_blocks(self) -> int:
         """Blocks that no sequence has."""
-        return len(self._free)
+        return self._blocks.free
 
     @property
     def nbytes(self) -> int:
@@ -160,30 +162,31 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         sizes = f"{self.num_blocks}, {self.block_size}, {self.num_kv_heads}, {self.head_dim}"
-        fill = f"sequences={len(self._sequences)}, free_blocks={self.free_blocks}"
+        fill = f"sequences={len(self._rows)}, free_blocks={self.free_blocks}"
         return f"PagedKVCache({sizes}, dtype={self.dtype.name!r}, {fill})"
 
     def lengths(self, ids: int | Iterable[int]) -> Array:
         """Tokens of each of these sequences, int64."""
-        return np.array([sequence.length for sequence in self._find("PagedKVCache.lengths", ids)], np.int64)
+        return self._sequences.lengths[self._find("PagedKVCache.lengths", ids)]
 
     def new_sequence(self) -> int:
         """An empty sequence; what it gives is its id."""
-        return self._add(_Sequence())
+        return self._name(self._sequences.add())
 
     def fork(self, id: int) -> int:
         """A new sequence with the same tokens, in the same blocks. KeyError: there is no such sequence."""
         (parent,) = self._find("PagedKVCache.fork", id)
-        for block in parent.blocks:
-            self._users[block] += 1
-        return self._add(_Sequence(parent.length, list(parent.blocks), parent.row.copy()))
+        for block in self._sequences.blocks_of(parent):
+            self._blocks.share(block)
+        return self._name(self._sequences.add(parent))
 
     def free(self, id: int) -> None:
         """Forget a sequence and give back the blocks that no other has. KeyError: there is no such sequence."""
-        (sequence,) = self._find("PagedKVCache.free", id)
-        for block in reversed(sequence.blocks):
-            self._release(block)
-        del self._sequences[_as_ids("PagedKVCache.free", id)[0]]
+        (row,) = self._find("PagedKVCache.free", id)
+        for block in reversed(self._sequences.blocks_of(row)):
+            self._blocks.release(block)
+        self._sequences.remove(row)
+        del self._rows[_as_ids("PagedKVCache.free", id)[0]]
 
     def append(
         self, ids: int | Iterable[int], key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
@@ -208,24 +211,24 @@ class PagedKVCache:
             Shapes or dtypes do not fit, or an id is given twice.
         """
         call = "PagedKVCache.append"
-        sequences = self._find(call, ids)
-        if len({id(sequence) for sequence in sequences}) < len(sequences):
+        rows = self._find(call, ids)
+        if len(set(rows)) < len(rows):
             came = f"ids is {_as_ids(call, ids)}"
             fail(ValueError, call, came, "each sequence once was wanted", "append in two calls")
-        new = [as_rows(call, name, rows, len(sequences), self.num_kv_heads, self.head_dim)
-               for name, rows in (("key", key), ("value", value))]  # fmt: skip
+        new = [as_rows(call, name, array, len(rows), self.num_kv_heads, self.head_dim)
+               for name, array in (("key", key), ("value", value))]  # fmt: skip
         for name, array in zip(("key", "value"), new, strict=True):
             check_dtype(name, array, call)
         if new[0].shape != new[1].shape:
             wanted = f"one shape was wanted ({shapes(key=new[0], value=new[1])})"
             fail(ValueError, call, "value differs from key", wanted, "pass the rows of both")
-        counts = as_counts(call, lengths, len(sequences), new[0].shape[2])
-        self._take_blocks(call, sequences, counts.tolist())
-        before = np.array([sequence.length for sequence in sequences], np.int64)
+        counts = as_counts(call, lengths, len(rows), new[0].shape[2])
+        before = self._sequences.lengths[rows]
+        after = before + counts
+        self._take_blocks(call, rows, before.tolist(), after.tolist())
         stores = (self._keys, self._values, self._key_scales, self._value_scales)
-        _core.cache_append(*stores, self._table(sequences), new[0], new[1], before, counts)
-        for sequence, more in zip(sequences, counts.tolist(), strict=True):
-            sequence.length += more
+        _core.cache_append(*stores, self._sequences.table(rows), new[0], new[1], before, counts)
+        self._sequences.lengths[rows] = after
 
     def attend(self, ids: int | Iterable[int], query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
         """Attention of the query rows (len(ids), Hq, S, head_dim) of these sequences to all that they have.
@@ -234,16 +237,15 @@ class PagedKVCache:
         for an id that is not there.
         """
         call = "PagedKVCache.attend"
-        sequences = self._find(call, ids)
-        rows = as_array(call, "query", query)
-        if rows.ndim < 4 or rows.shape[-4] != len(sequences):
-            wanted = f"({len(sequences)}, heads, rows, {self.head_dim}) was wanted, a query for each id"
-            fail(ValueError, call, f"query has shape {rows.shape}", wanted, "give each sequence its rows")
-        lengths = np.array([sequence.length for sequence in sequences], np.int64)
-        longest = int(lengths.max(initial=0))
-        cached = Cached(self._keys, self._values, self._key_scales, self._value_scales, self._table(sequences), lengths,
-                        longest)  # fmt: skip
-        return attend_cached(call, cached, rows, is_causal, rules)
+        rows = self._find(call, ids)
+        query = as_array(call, "query", query)
+        if query.ndim < 4 or query.shape[-4] != len(rows):
+            wanted = f"({len(rows)}, heads, rows, {self.head_dim}) was wanted, a query for each id"
+            fail(ValueError, call, f"query has shape {query.shape}", wanted, "give each sequence its rows")
+        lengths = self._sequences.lengths[rows]
+        stores = (self._keys, self._values, self._key_scales, self._value_scales)
+        cached = Cached(*stores, self._sequences.table(rows), lengths, max(lengths.tolist(), default=0))
+        return attend_cached(call, cached, query, is_causal, rules)
 
     # ---- blocks ----
 
@@ -257,118 +259,65 @@ class PagedKVCache:
         stores = (self._keys, self._values, self._key_scales, self._value_scales)
         return [array for array in stores if array is not None]
 
-    def _add(self, sequence: "_Sequence") -> int:
+    def _name(self, row: int) -> int:
+        """The id of a new sequence; never given again."""
         self._next += 1
-        self._sequences[self._next - 1] = sequence
+        self._rows[self._next - 1] = row
         return self._next - 1
 
-    def _find(self, call: str, ids: Any) -> list["_Sequence"]:
+    def _find(self, call: str, ids: Any) -> list[int]:
+        """The rows of sequences."""
         numbers = _as_ids(call, ids)
-        for number in numbers:
-            if number not in self._sequences:
-                what = "was freed" if 0 <= number < self._next else "was never given"
-                wanted = "the id of a sequence in this cache was wanted"
-                fail(KeyError, call, f"sequence {number} {what}", wanted, "pass what new_sequence or fork gave")
-        return [self._sequences[number] for number in numbers]
+        rows = [self._rows.get(number, -1) for number in numbers]
+        if -1 in rows:
+            number = numbers[rows.index(-1)]
+            what = "was freed" if 0 <= number < self._next else "was never given"
+            wanted = "the id of a sequence in this cache was wanted"
+            fail(KeyError, call, f"sequence {number} {what}", wanted, "pass what new_sequence or fork gave")
+        return rows
 
-    def _release(self, block: int) -> None:
-        self._users[block] -= 1
-        if self._users[block] == 0:
-            self._free.give(block)
-
-    def _take_blocks(self, call: str, sequences: list["_Sequence"], counts: list[int]) -> None:
-        """Room for so many more rows in blocks that nobody else has; all of it or none."""
-        size = self.block_size
-        shared, wanted = [], 0
+    def _take_blocks(self, call: str, rows: list[int], before: list[int], after: list[int]) -> None:
+        """Room for more tokens in blocks that nobody else has; all of it or none."""
+        sequences, size = self._sequences, self.block_size
+        shared, wanted = [], []
         taken: dict[int, int] = {}  # copies made of each block, as the last one that has it keeps it
-        for sequence, more in zip(sequences, counts, strict=True):
-            wanted += -(-(sequence.length + more) // size) - len(sequence.blocks)
-            if more and sequence.length % size:
-                block = sequence.blocks[-1]
-                if self._users[block] - taken.get(block, 0) > 1:
+        for row, old, new in zip(rows, before, after, strict=True):
+            wanted.append(-(-new // size) - sequences.held[row])
+            if new > old and old % size:
+                block = sequences.last(row)
+                if self._blocks.users[block] - taken.get(block, 0) > 1:
                     taken[block] = taken.get(block, 0) + 1
-                    shared.append(sequence)
-        wanted += len(shared)
-        if wanted > len(self._free):
-            came = f"{count(sum(counts), 'new row')} need {count(wanted, 'more block')} of {size}"
-            there = f"{len(self._free)} of {self.num_blocks} are free"
+                    shared.append(row)
+        if sum(wanted) + len(shared) > self._blocks.free:
+            need = count(sum(wanted) + len(shared), "more block")
+            came = f"{count(sum(after) - sum(before), 'new row')} need {need} of {size}"
+            there = f"{self._blocks.free} of {self.num_blocks} are free"
             fail(MemoryError, call, came, there, "free a sequence, or make the cache with more blocks")
-        for sequence in shared:
-            self._unshare(sequence)
-        for sequence, more in zip(sequences, counts, strict=True):
-            while len(sequence.blocks) * size < sequence.length + more:
-                sequence.push(self._take(sequence.blocks))
+        for row in shared:
+            self._unshare(row)
+        for row, more in zip(rows, wanted, strict=True):
+            for _ in range(more):
+                self._take(row)
 
-    def _take(self, before: list[int]) -> int:
-        block = self._free.take(before[-1] if before else None)
-        self._users[block] = 1
+    def _take(self, row: int) -> int:
+        """A new block behind those of a sequence."""
+        block = self._blocks.take(self._sequences.last(row))
+        self._sequences.push(row, block)
         return block
 
-    def _unshare(self, sequence: "_Sequence") -> None:
+    def _unshare(self, row: int) -> None:
         """A copy of the last block, which others have too."""
-        theirs = sequence.blocks.pop()
-        mine = self._take(sequence.blocks)
+        theirs = self._sequences.pop(row)
+        mine = self._take(row)
         for array in self._arrays():
             array[mine] = array[theirs]
-        self._release(theirs)
-        sequence.push(mine)
-
-    def _table(self, sequences: list["_Sequence"]) -> Array:
-        """A new block table (len(sequences), blocks)."""
-        width = max((len(sequence.blocks) for sequence in sequences), default=0)
-        table = np.zeros((len(sequences), width), np.int64)
-        for row, sequence in zip(table, sequences, strict=True):
-            row[: len(sequence.blocks)] = sequence.row[: len(sequence.blocks)]
-        return table
-
-
-class _Sequence:
-    """A sequence's length and its blocks, also as an array that grows by doubling."""
-
-    def __init__(self, length: int = 0, blocks: list[int] | None = None, row: Array | None = None) -> None:
-        self.length = length
-        self.blocks = blocks or []
-        self.row = np.zeros(8, np.int64) if row is None else row
-
-    def push(self, block: int) -> None:
-        if len(self.blocks) == len(self.row):
-            self.row = np.concatenate([self.row, np.zeros_like(self.row)])
-        self.row[len(self.blocks)] = block
-        self.blocks.append(block)
-
-
-class _FreeBlocks:
-    """Blocks that nobody has. A sequence gets the one behind its last, if it can, and begins in the widest gap."""
-
-    def __init__(self, count: int) -> None:
-        self._is_free = np.ones(count, bool)
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def give(self, block: int) -> None:
-        self._is_free[block] = True
-        self._count += 1
-
-    def take(self, last: int | None) -> int:
-        """There is one."""
-        behind = 0 if last is None else last + 1
-        block = behind if behind < len(self._is_free) and self._is_free[behind] else self._in_widest_gap()
-        self._is_free[block] = False
-        self._count -= 1
-        return block
-
-    def _in_widest_gap(self) -> int:
-        """Its middle, as another sequence may be growing into its start."""
-        edges = np.flatnonzero(np.diff(self._is_free, prepend=False, append=False)).reshape(-1, 2)
-        begin, end = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
-        middle: int = (begin + end) // 2
-        return middle
+        self._blocks.release(theirs)
 
 
 def _as_ids(call: str, ids: Any) -> list[int]:
     """One id or several."""
+    if type(ids) is list and set(map(type, ids)) == {int}:  # as in each step of decoding
+        return ids
     if isinstance(ids, (int, np.integer)) and not isinstance(ids, bool):
         return [int(ids)]
     if isinstance(ids, (str, bytes, bool)) or not isinstance(ids, Iterable):
