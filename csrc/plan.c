@@ -40,7 +40,8 @@ static void see_matrix(struct gqa_plan *plan, struct gqa_operand *operand, const
     operand->size = (int64_t)gqa_itemsize(array->dtype);
     const bool joined = operand->column == operand->size || operand->width <= 1;
     operand->plain = joined && !operand->swapped && operand->row % operand->size == 0;
-    operand->ahead = gqa_ceil_div(GQA_FETCH_AHEAD, gqa_max(1, operand->width * operand->size));
+    operand->ahead =
+        gqa_round_up(gqa_ceil_div(GQA_FETCH_AHEAD, gqa_max(1, operand->width * operand->size)), GQA_FEW_PIECE);
 }
 
 static void see_vector(struct gqa_plan *plan, struct gqa_operand *operand, const struct gqa_array *array) {

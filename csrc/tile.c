@@ -37,9 +37,10 @@ static struct gqa_rows view_pairs(const struct gqa_plan *plan, const struct gqa_
                                   const struct gqa_operand *operand, const struct gqa_operand *no_scales,
                                   const struct key_tile *keys, char *scratch) {
     const int64_t count = keys->end - keys->first;
-    const bool one_run = gqa_view_run(plan, operand, unit, keys->first, count).count == count;
-    const struct gqa_rows rows = one_run ? gqa_stream_keys(plan, operand, unit, keys->first, keys->end, scratch).rows
-                                         : gqa_view_keys(plan, operand, no_scales, unit, keys->first, count, scratch);
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, keys->first, count);
+    const struct gqa_rows rows = run.count == count
+                                     ? gqa_stream_rows(plan->kernels, operand, run.at, count, scratch)
+                                     : gqa_view_keys(plan, operand, no_scales, unit, keys->first, count, scratch);
     return gqa_narrow_rows(plan, rows, count, operand->width, scratch);
 }
 
@@ -193,10 +194,10 @@ static void score_piece(const struct gqa_plan *plan, const struct gqa_unit *unit
 }
 
 static void score_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
-                      const struct step *step) {
+                      const struct step *step, const struct gqa_stream *stream) {
     struct gqa_piece piece;
     for (int64_t first = step->first; first < step->end; first = piece.end) {
-        piece = gqa_stream_keys(plan, &plan->key, unit, first, step->end, work->key);
+        piece = gqa_stream_keys(plan, unit, stream, first, step->end, work->key);
         score_piece(plan, unit, work, step, first, &piece);
     }
     if (plan->key_scales.data) scale_few(plan, unit, &plan->key_scales, step, false);
@@ -208,7 +209,7 @@ static void score(const struct gqa_plan *plan, const struct gqa_unit *unit, stru
     const int count = (int)(step->end - step->first), head_dim = (int)plan->head_dim;
     const char *query = gqa_query_tile(plan, unit, work, tile), *key = from_first(plan, step, keys, &keys->key);
     if (unit->form->few)
-        score_few(plan, unit, work, step);
+        score_few(plan, unit, work, step, &(struct gqa_stream){&plan->key, unit->hi, NULL, 0});
     else if (unit->form->paired)
         kernels->outer_pairs(step->scores, plan->scale, query, lanes_of(plan, step), key, keys->key.stride, count,
                              head_dim / 2);
@@ -245,7 +246,7 @@ static struct gqa_slots slots_of(const struct gqa_unit *unit, int64_t tile, cons
 }
 
 static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work,
-                           const struct step *step) {
+                           const struct step *step, const struct gqa_stream *stream) {
     const struct gqa_kernels *kernels = plan->kernels;
     const int rows = step->rows, o_lanes = unit->form->o_lanes;
     if (memcmp(work->alpha, work->ones, (size_t)rows * kernels->real_size)) /* rare once the maximum is found */
@@ -253,7 +254,7 @@ static void add_values_few(const struct gqa_plan *plan, const struct gqa_unit *u
     if (plan->value_scales.data) scale_few(plan, unit, &plan->value_scales, step, true);
     struct gqa_piece piece;
     for (int64_t first = step->first; first < step->end; first = piece.end) {
-        piece = gqa_stream_keys(plan, &plan->value, unit, first, step->end, work->value);
+        piece = gqa_stream_keys(plan, unit, stream, first, step->end, work->value);
         struct key_tile keys = {.first = first, .end = piece.end, .value = piece.rows};
         gqa_outer_few *outer = needs_care(plan, step, &keys) ? kernels->outer_few_careful : kernels->outer_few;
         outer(step->o, o_lanes, piece.rows.data, piece.rows.stride, piece.rows.dtype, (int)plan->v_dim,
@@ -331,17 +332,19 @@ static void attend_lanes(const struct gqa_plan *plan, const struct gqa_unit *uni
  * cost a tenth of the speed. */
 static void attend_few(const struct gqa_plan *plan, const struct gqa_unit *unit, struct gqa_work *work, char *part,
                        int64_t first, int64_t end, struct gqa_job *job) {
+    const struct gqa_stream keys_first = {&plan->key, end, &plan->value, first};
+    const struct gqa_stream then_values = {&plan->value, end, &plan->key, end};
     struct step steps[GQA_SPAN / GQA_KEY_TILE];
     int live = 0;
     for (; first < end && !gqa_job_stopped(job); first = next_tile(first)) {
         const struct key_tile keys = key_tile_at(first, end);
         steps[live] = find_step(plan, unit, work, 0, &keys, part);
-        if (steps[live].first < steps[live].end) score_few(plan, unit, work, &steps[live++]);
+        if (steps[live].first < steps[live].end) score_few(plan, unit, work, &steps[live++], &keys_first);
     }
     for (int i = 0; i < live && !gqa_job_stopped(job); i++) {
         soften(plan, unit, work, 0, &steps[i], steps[i].m, steps[i].l);
         drop_out(plan, unit, 0, &steps[i]);
-        add_values_few(plan, unit, work, &steps[i]);
+        add_values_few(plan, unit, work, &steps[i], &then_values);
     }
 }
 

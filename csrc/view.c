@@ -35,6 +35,12 @@ struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gq
     return loaded(kernels, operand, at, count, scratch);
 }
 
+struct gqa_rows gqa_stream_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
+                                int64_t count, void *scratch) {
+    if (gqa_streams(kernels, operand->dtype) && lies_plainly(operand, at)) return in_place(operand, at);
+    return loaded(kernels, operand, at, count, scratch);
+}
+
 char *gqa_even_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
                     int64_t row, ptrdiff_t *stride) {
     const int64_t step = plan->group == 1 ? operand->row : operand->head;
@@ -54,7 +60,7 @@ static struct gqa_run blocks_run(const struct gqa_plan *plan, const struct gqa_o
     int64_t block, next;
     memcpy(&block, entry, sizeof block);
     const char *at = operand->data + unit->kv_head * operand->head + block * operand->block + row * operand->row;
-    struct gqa_run run = {at, rows - row, entry};
+    struct gqa_run run = {at, rows - row};
     if (operand->block == rows * operand->row)
         for (; run.count < count; run.count += rows, block = next) {
             memcpy(&next, entry += step, sizeof next);
@@ -69,7 +75,7 @@ struct gqa_run gqa_view_run(const struct gqa_plan *plan, const struct gqa_operan
     if (unit->blocks) return blocks_run(plan, operand, unit, first, count);
     const int64_t row = first % plan->run_rows;
     const char *at = gqa_operand_at(plan, operand, unit->sequence, unit->kv_head) + row * operand->row;
-    return (struct gqa_run){at, gqa_min(count, plan->run_rows - row), NULL};
+    return (struct gqa_run){at, gqa_min(count, plan->run_rows - row)};
 }
 
 /* Run by run to scratch (count, width). */
@@ -84,35 +90,38 @@ static struct gqa_rows gather(const struct gqa_plan *plan, const struct gqa_oper
     return (struct gqa_rows){scratch, (ptrdiff_t)operand->width, gqa_own_dtype(plan->kernels)};
 }
 
-/* From the run that begins with key `first` to the rows that are read GQA_FETCH_AHEAD bytes of rows later: in small
- * blocks not where a row's neighbours lie, which belong to another head. */
-static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                const struct gqa_unit *unit, int64_t first, struct gqa_run run) {
-    if (!run.entry || operand->ahead < run.count || plan->run_rows > 4 * operand->ahead)
-        return (ptrdiff_t)(operand->ahead * operand->row);
-    const int64_t blocks = gqa_ceil_div(operand->ahead, plan->run_rows);
-    if (first + blocks * plan->run_rows >= unit->seq_k) return 0;
-    int64_t block, later;
-    memcpy(&block, run.entry, sizeof block);
-    memcpy(&later, run.entry + blocks * plan->block_table.column, sizeof later);
-    return (ptrdiff_t)((later - block) * operand->block);
+/* From the row of key `first`, which lies at `at`, to the one that is read operand->ahead rows later in another run. */
+static ptrdiff_t distance_ahead(const struct gqa_plan *plan, const struct gqa_unit *unit,
+                                const struct gqa_stream *stream, int64_t first, const char *at) {
+    const struct gqa_operand *operand = stream->operand;
+    int64_t later = first + operand->ahead;
+    if (later >= stream->end) {
+        later += stream->then_first - stream->end;
+        if (!stream->then || stream->then->row != operand->row || later >= unit->seq_k) return 0;
+        operand = stream->then;
+    }
+    return (ptrdiff_t)((uintptr_t)gqa_view_run(plan, operand, unit, later, 1).at - (uintptr_t)at);
 }
 
-/* Pieces end with a run, or at a multiple of GQA_FEW_PIECE, so that sums have the same bits wherever keys lie. */
-struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                 const struct gqa_unit *unit, int64_t first, int64_t end, void *scratch) {
-    const struct gqa_kernels *kernels = plan->kernels;
-    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, end - first);
-    const int64_t whole = run.count == end - first ? run.count : run.count - run.count % GQA_FEW_PIECE;
-    struct gqa_piece piece = {.end = gqa_min(end, first + (whole ? whole : GQA_FEW_PIECE))};
-    const int64_t count = piece.end - first;
-    if (!whole)
-        piece.rows = gather(plan, operand, unit, first, count, scratch);
-    else if (!gqa_streams(kernels, operand->dtype) || !lies_plainly(operand, run.at))
-        piece.rows = loaded(kernels, operand, run.at, count, scratch);
-    else
-        piece =
-            (struct gqa_piece){in_place(operand, run.at), piece.end, distance_ahead(plan, operand, unit, first, run)};
+/* Pieces end with a run, or at a multiple of GQA_FEW_PIECE, so that sums have the same bits wherever keys lie, and
+ * where the rows ahead go on elsewhere. */
+struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_unit *unit,
+                                 const struct gqa_stream *stream, int64_t first, int64_t end, void *scratch) {
+    const struct gqa_operand *operand = stream->operand;
+    const int64_t ahead = operand->ahead;
+    const struct gqa_run run = gqa_view_run(plan, operand, unit, first, gqa_min(end + ahead, stream->end) - first);
+    const int64_t beside = run.count - ahead; /* rows whose row ahead lies in this run */
+    int64_t count = gqa_min(end - first, run.count);
+    if (count < end - first) count -= count % GQA_FEW_PIECE;
+    if (count == 0) {
+        count = gqa_min(end - first, GQA_FEW_PIECE);
+        return (struct gqa_piece){gather(plan, operand, unit, first, count, scratch), first + count, 0};
+    }
+    if (beside >= GQA_FEW_PIECE) count = gqa_min(count, beside - beside % GQA_FEW_PIECE);
+    struct gqa_piece piece = {gqa_stream_rows(plan->kernels, operand, run.at, count, scratch), first + count, 0};
+    if (piece.rows.data == run.at)
+        piece.ahead = beside >= GQA_FEW_PIECE ? (ptrdiff_t)(ahead * operand->row)
+                                              : distance_ahead(plan, unit, stream, first, run.at);
     return piece;
 }
 

@@ -16,6 +16,10 @@ struct gqa_rows {
 struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                               int64_t count, void *scratch);
 
+/* The same, in place also where kernels widen a row as they read it: see gqa_streams. */
+struct gqa_rows gqa_stream_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
+                                int64_t count, void *scratch);
+
 /* Where a row of the unit's kv head lies, if it and those after it are reals at one stride, which goes to *stride;
  * else NULL. */
 char *gqa_even_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,
@@ -25,7 +29,6 @@ char *gqa_even_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, co
 struct gqa_run {
     const char *at;
     int64_t count;
-    const char *entry; /* of its first block in the block table, or NULL */
 };
 
 /* The run that begins with key `first`, and `count` keys of it at most. */
@@ -38,6 +41,14 @@ struct gqa_rows gqa_view_keys(const struct gqa_plan *plan, const struct gqa_oper
                               const struct gqa_operand *scales, const struct gqa_unit *unit, int64_t first,
                               int64_t count, void *scratch);
 
+/* The keys that few rows read one after another, and what they read after the last. */
+struct gqa_stream {
+    const struct gqa_operand *operand;
+    int64_t end;
+    const struct gqa_operand *then; /* from key then_first on; or NULL */
+    int64_t then_first;
+};
+
 /* Keys that few rows take at once. */
 struct gqa_piece {
     struct gqa_rows rows;
@@ -45,10 +56,10 @@ struct gqa_piece {
     ptrdiff_t ahead; /* see dot in kernels.h */
 };
 
-/* The piece that begins with key `first` and ends at `end` or before, at most a tile: in place also where a kernel
- * widens rows as it reads; int8 is left as it is. */
-struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_operand *operand,
-                                 const struct gqa_unit *unit, int64_t first, int64_t end, void *scratch);
+/* The piece of a stream that begins with key `first` and ends at `end` or before, at most a tile: in place also where
+ * a kernel widens rows as it reads; int8 is left as it is. */
+struct gqa_piece gqa_stream_keys(const struct gqa_plan *plan, const struct gqa_unit *unit,
+                                 const struct gqa_stream *stream, int64_t first, int64_t end, void *scratch);
 
 /* Rows of bfloat16, whatever lies there: rows that were loaded to scratch become bfloat16 again, there. */
 struct gqa_rows gqa_narrow_rows(const struct gqa_plan *plan, struct gqa_rows rows, int64_t count, int64_t width,
