@@ -4,6 +4,8 @@ import numpy as np
 
 from ._messages import Array
 
+_NO_BLOCKS: Array = np.zeros(0, np.int64)
+
 
 class Blocks:
     """How many sequences have each block.
@@ -45,64 +47,48 @@ class Blocks:
         return middle
 
 
-class Sequences:
-    """Lengths of sequences and the blocks that each has, in rows of two arrays: a batch is taken from them at once.
-
-    Rows have the room of the longest, but memory for no more than they hold: the rest of their pages is not touched.
-    """
+class Sequence:
+    """How many tokens it has, and the blocks that they are in."""
 
     def __init__(self) -> None:
-        self.lengths = np.zeros(8, np.int64)
-        self.held = [0] * 8  # blocks of each
-        self._blocks = np.zeros((8, 8), np.int64)
-        self._unused = list(range(8))
+        self.length = 0
+        self.held = 0  # blocks
+        self._row = np.zeros(8, np.int64)  # the blocks, and room that doubles when it is full
 
-    def add(self, like: int | None = None) -> int:
-        """A row, of no tokens or those of another."""
-        if not self._unused:
-            rows = len(self.held)
-            self._unused = list(range(rows, 2 * rows))
-            self.lengths = np.concatenate([self.lengths, np.zeros_like(self.lengths)])
-            self.held += [0] * rows
-            self._resize(2 * rows, self._blocks.shape[1])
-        row = self._unused.pop()
-        self.lengths[row] = 0 if like is None else self.lengths[like]
-        self.held[row] = 0 if like is None else self.held[like]
-        if like is not None:
-            self._blocks[row, : self.held[like]] = self._blocks[like, : self.held[like]]
-        return row
+    def fork(self) -> "Sequence":
+        """The same tokens in the same blocks."""
+        other = Sequence()
+        other.length, other.held, other._row = self.length, self.held, self._row.copy()
+        return other
 
-    def remove(self, row: int) -> None:
-        """Its blocks are the caller's to give back."""
-        self.held[row] = 0
-        self._unused.append(row)
-
-    def blocks_of(self, row: int) -> list[int]:
+    def blocks(self) -> list[int]:
         """All of them, in order."""
-        blocks: list[int] = self._blocks[row, : self.held[row]].tolist()
+        blocks: list[int] = self._row[: self.held].tolist()
         return blocks
 
-    def last(self, row: int) -> int:
-        """Its last block; -1, which is before the first, where it has none."""
-        return int(self._blocks[row, self.held[row] - 1]) if self.held[row] else -1
+    def last(self) -> int:
+        """The last block; -1, which is before the first, where there is none."""
+        return int(self._row[self.held - 1]) if self.held else -1
 
-    def push(self, row: int, block: int) -> None:
-        """One more."""
-        if self.held[row] == self._blocks.shape[1]:
-            self._resize(len(self.held), 2 * self.held[row])
-        self._blocks[row, self.held[row]] = block
-        self.held[row] += 1
+    def push(self, block: int) -> None:
+        """One more block."""
+        self.row(self.held + 1)[-1] = block
+        self.held += 1
 
-    def pop(self, row: int) -> int:
-        """Its last, which it has no more."""
-        self.held[row] -= 1
-        return int(self._blocks[row, self.held[row]])
+    def pop(self) -> int:
+        """The last block, which it has no more."""
+        self.held -= 1
+        return int(self._row[self.held])
 
-    def table(self, rows: list[int]) -> Array:
-        """A new block table (len(rows), blocks); what follows a sequence's own may be anything."""
-        return self._blocks[rows, : max([self.held[row] for row in rows], default=0)]
+    def row(self, width: int) -> Array:
+        """Its blocks, and behind them anything, (width,): a view."""
+        while len(self._row) < width:
+            self._row = np.concatenate([self._row, np.zeros_like(self._row)])
+        return self._row[:width]
 
-    def _resize(self, rows: int, width: int) -> None:
-        old, self._blocks = self._blocks, np.zeros((rows, width), np.int64)
-        for row in range(len(old)):
-            self._blocks[row, : self.held[row]] = old[row, : self.held[row]]
+
+def block_table(sequences: list[Sequence]) -> Array:
+    """A new block table (len(sequences), blocks): every step of decoding makes one."""
+    width = max([sequence.held for sequence in sequences], default=0)
+    rows = [sequence.row(width) for sequence in sequences]
+    return np.concatenate([_NO_BLOCKS, *rows]).reshape(len(rows), width)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _core
 from ._arguments import as_array, as_int
-from ._blocks import Blocks, Sequences
+from ._blocks import Blocks, Sequence, block_table
 from ._cached import Cached, attend_cached
 from ._explain import check_dtype, check_same_precision
 from ._messages import Array, count, fail, fits, kind, shapes
@@ -146,8 +146,7 @@ class PagedKVCache:
         self._keys, self._key_scales = self._make_blocks()
         self._values, self._value_scales = self._make_blocks()
         self._blocks = Blocks(self.num_blocks)
-        self._sequences = Sequences()
-        self._rows: dict[int, int] = {}  # where in them each id is
+        self._sequences: dict[int, Sequence] = {}
         self._next = 0
 
     @property
@@ -162,31 +161,30 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         sizes = f"{self.num_blocks}, {self.block_size}, {self.num_kv_heads}, {self.head_dim}"
-        fill = f"sequences={len(self._rows)}, free_blocks={self.free_blocks}"
+        fill = f"sequences={len(self._sequences)}, free_blocks={self.free_blocks}"
         return f"PagedKVCache({sizes}, dtype={self.dtype.name!r}, {fill})"
 
     def lengths(self, ids: int | Iterable[int]) -> Array:
         """Tokens of each of these sequences, int64."""
-        return self._sequences.lengths[self._find("PagedKVCache.lengths", ids)]
+        return _lengths_of(self._find("PagedKVCache.lengths", ids))
 
     def new_sequence(self) -> int:
         """An empty sequence; what it gives is its id."""
-        return self._name(self._sequences.add())
+        return self._add(Sequence())
 
     def fork(self, id: int) -> int:
         """A new sequence with the same tokens, in the same blocks. KeyError: there is no such sequence."""
         (parent,) = self._find("PagedKVCache.fork", id)
-        for block in self._sequences.blocks_of(parent):
+        for block in parent.blocks():
             self._blocks.share(block)
-        return self._name(self._sequences.add(parent))
+        return self._add(parent.fork())
 
     def free(self, id: int) -> None:
         """Forget a sequence and give back the blocks that no other has. KeyError: there is no such sequence."""
-        (row,) = self._find("PagedKVCache.free", id)
-        for block in reversed(self._sequences.blocks_of(row)):
+        (sequence,) = self._find("PagedKVCache.free", id)
+        for block in reversed(sequence.blocks()):
             self._blocks.release(block)
-        self._sequences.remove(row)
-        del self._rows[_as_ids("PagedKVCache.free", id)[0]]
+        del self._sequences[_as_ids("PagedKVCache.free", id)[0]]
 
     def append(
         self, ids: int | Iterable[int], key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
@@ -211,24 +209,23 @@ class PagedKVCache:
             Shapes or dtypes do not fit, or an id is given twice.
         """
         call = "PagedKVCache.append"
-        rows = self._find(call, ids)
-        if len(set(rows)) < len(rows):
+        sequences = self._find(call, ids)
+        if len(set(sequences)) < len(sequences):
             came = f"ids is {_as_ids(call, ids)}"
             fail(ValueError, call, came, "each sequence once was wanted", "append in two calls")
-        new = [as_rows(call, name, array, len(rows), self.num_kv_heads, self.head_dim)
-               for name, array in (("key", key), ("value", value))]  # fmt: skip
+        new = [as_rows(call, name, rows, len(sequences), self.num_kv_heads, self.head_dim)
+               for name, rows in (("key", key), ("value", value))]  # fmt: skip
         for name, array in zip(("key", "value"), new, strict=True):
             check_dtype(name, array, call)
         if new[0].shape != new[1].shape:
             wanted = f"one shape was wanted ({shapes(key=new[0], value=new[1])})"
             fail(ValueError, call, "value differs from key", wanted, "pass the rows of both")
-        counts = as_counts(call, lengths, len(rows), new[0].shape[2])
-        before = self._sequences.lengths[rows]
-        after = before + counts
-        self._take_blocks(call, rows, before.tolist(), after.tolist())
+        counts = as_counts(call, lengths, len(sequences), new[0].shape[2])
+        self._take_blocks(call, sequences, counts.tolist())
         stores = (self._keys, self._values, self._key_scales, self._value_scales)
-        _core.cache_append(*stores, self._sequences.table(rows), new[0], new[1], before, counts)
-        self._sequences.lengths[rows] = after
+        _core.cache_append(*stores, block_table(sequences), new[0], new[1], _lengths_of(sequences), counts)
+        for sequence, more in zip(sequences, counts.tolist(), strict=True):
+            sequence.length += more
 
     def attend(self, ids: int | Iterable[int], query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
         """Attention of the query rows (len(ids), Hq, S, head_dim) of these sequences to all that they have.
@@ -237,14 +234,14 @@ class PagedKVCache:
         for an id that is not there.
         """
         call = "PagedKVCache.attend"
-        rows = self._find(call, ids)
+        sequences = self._find(call, ids)
         query = as_array(call, "query", query)
-        if query.ndim < 4 or query.shape[-4] != len(rows):
-            wanted = f"({len(rows)}, heads, rows, {self.head_dim}) was wanted, a query for each id"
+        if query.ndim < 4 or query.shape[-4] != len(sequences):
+            wanted = f"({len(sequences)}, heads, rows, {self.head_dim}) was wanted, a query for each id"
             fail(ValueError, call, f"query has shape {query.shape}", wanted, "give each sequence its rows")
-        lengths = self._sequences.lengths[rows]
+        lengths = _lengths_of(sequences)
         stores = (self._keys, self._values, self._key_scales, self._value_scales)
-        cached = Cached(*stores, self._sequences.table(rows), lengths, max(lengths.tolist(), default=0))
+        cached = Cached(*stores, block_table(sequences), lengths, max(lengths.tolist(), default=0))
         return attend_cached(call, cached, query, is_causal, rules)
 
     # ---- blocks ----
@@ -259,59 +256,55 @@ class PagedKVCache:
         stores = (self._keys, self._values, self._key_scales, self._value_scales)
         return [array for array in stores if array is not None]
 
-    def _name(self, row: int) -> int:
-        """The id of a new sequence; never given again."""
+    def _add(self, sequence: Sequence) -> int:
         self._next += 1
-        self._rows[self._next - 1] = row
+        self._sequences[self._next - 1] = sequence
         return self._next - 1
 
-    def _find(self, call: str, ids: Any) -> list[int]:
-        """The rows of sequences."""
-        numbers = _as_ids(call, ids)
-        rows = [self._rows.get(number, -1) for number in numbers]
-        if -1 in rows:
-            number = numbers[rows.index(-1)]
-            what = "was freed" if 0 <= number < self._next else "was never given"
-            wanted = "the id of a sequence in this cache was wanted"
-            fail(KeyError, call, f"sequence {number} {what}", wanted, "pass what new_sequence or fork gave")
-        return rows
+    def _find(self, call: str, ids: Any) -> list[Sequence]:
+        found = []
+        for number in _as_ids(call, ids):
+            if number not in self._sequences:
+                what = "was freed" if 0 <= number < self._next else "was never given"
+                wanted = "the id of a sequence in this cache was wanted"
+                fail(KeyError, call, f"sequence {number} {what}", wanted, "pass what new_sequence or fork gave")
+            found.append(self._sequences[number])
+        return found
 
-    def _take_blocks(self, call: str, rows: list[int], before: list[int], after: list[int]) -> None:
-        """Room for more tokens in blocks that nobody else has; all of it or none."""
-        sequences, size = self._sequences, self.block_size
+    def _take_blocks(self, call: str, sequences: list[Sequence], counts: list[int]) -> None:
+        """Room for so many more rows in blocks that nobody else has; all of it or none."""
         shared, wanted = [], []
         taken: dict[int, int] = {}  # copies made of each block, as the last one that has it keeps it
-        for row, old, new in zip(rows, before, after, strict=True):
-            wanted.append(-(-new // size) - sequences.held[row])
-            if new > old and old % size:
-                block = sequences.last(row)
+        for sequence, more in zip(sequences, counts, strict=True):
+            wanted.append(-(-(sequence.length + more) // self.block_size) - sequence.held)
+            if more and sequence.length % self.block_size:
+                block = sequence.last()
                 if self._blocks.users[block] - taken.get(block, 0) > 1:
                     taken[block] = taken.get(block, 0) + 1
-                    shared.append(row)
+                    shared.append(sequence)
         if sum(wanted) + len(shared) > self._blocks.free:
             need = count(sum(wanted) + len(shared), "more block")
-            came = f"{count(sum(after) - sum(before), 'new row')} need {need} of {size}"
+            came = f"{count(sum(counts), 'new row')} need {need} of {self.block_size}"
             there = f"{self._blocks.free} of {self.num_blocks} are free"
             fail(MemoryError, call, came, there, "free a sequence, or make the cache with more blocks")
-        for row in shared:
-            self._unshare(row)
-        for row, more in zip(rows, wanted, strict=True):
+        for sequence in shared:
+            self._unshare(sequence)
+        for sequence, more in zip(sequences, wanted, strict=True):
             for _ in range(more):
-                self._take(row)
+                sequence.push(self._blocks.take(sequence.last()))
 
-    def _take(self, row: int) -> int:
-        """A new block behind those of a sequence."""
-        block = self._blocks.take(self._sequences.last(row))
-        self._sequences.push(row, block)
-        return block
-
-    def _unshare(self, row: int) -> None:
+    def _unshare(self, sequence: Sequence) -> None:
         """A copy of the last block, which others have too."""
-        theirs = self._sequences.pop(row)
-        mine = self._take(row)
+        theirs = sequence.pop()
+        mine = self._blocks.take(sequence.last())
         for array in self._arrays():
             array[mine] = array[theirs]
         self._blocks.release(theirs)
+        sequence.push(mine)
+
+
+def _lengths_of(sequences: list[Sequence]) -> Array:
+    return np.array([sequence.length for sequence in sequences], np.int64)
 
 
 def _as_ids(call: str, ids: Any) -> list[int]:
