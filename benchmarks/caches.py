@@ -144,7 +144,7 @@ def main() -> None:
     """Measure, and print as it goes."""
     args = machine.cases("what the caches of gqa_ext cost, each against a peer over the same keys", CASES)
     gqa_ext.set_num_threads(args.threads)
-    rounds = 3 * machine.rounds(args)  # some ceilings are closer than a median of nine
+    rounds = machine.rounds(args, usual=27)  # ceilings are closer than a median of nine can tell
     print(machine.describe(args.threads, ["gqa_ext"]), flush=True)
     bystanders = Bystanders()
     if args.markdown:

@@ -14,7 +14,7 @@ from typing import Protocol
 def parser(description: str) -> argparse.ArgumentParser:
     """Options that every measuring program takes; `rounds` reads two of them."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--quick", action="store_true", help="three rounds instead of nine")
+    options.add_argument("--quick", action="store_true", help="three rounds")
     options.add_argument("--repeats", type=int, metavar="N", help="rounds; times are medians over them")
     options.add_argument(
         "--only", action="append", metavar="NAME", help="only works with this in their name; repeatable"
@@ -24,9 +24,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def rounds(args: argparse.Namespace) -> int:
+def rounds(args: argparse.Namespace, usual: int = 9) -> int:
     """How many rounds the options ask for."""
-    return int(args.repeats or (3 if args.quick else 9))
+    return int(args.repeats or (3 if args.quick else usual))
 
 
 def chosen(options: argparse.ArgumentParser, only: Sequence[str] | None, names: Sequence[str]) -> list[str]:

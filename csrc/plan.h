@@ -24,7 +24,7 @@ struct gqa_operand {
     int64_t width, size;   /* elements of a row, bytes of an element */
     bool plain;            /* a row's elements follow each other as kernels read them, if the first lies at a multiple
                             * of its size */
-    int64_t ahead;         /* whole pieces of rows, of GQA_FETCH_AHEAD bytes or a little more */
+    int64_t ahead;         /* rows: whole pieces, as many as take GQA_FETCH_AHEAD bytes, or one */
     int64_t block;         /* paged: from one block to the next */
     const int64_t *starts; /* packed: sequence b's rows begin at starts[b]; else NULL */
 };

@@ -19,7 +19,10 @@ from ._messages import ATTENTION, Array, divisors, fail, heads, kind, short
 
 SLOTS = ("query", "key", "value")  # arrays whose rows attn_mask can drop
 _MASKS = "bools or floating-point numbers"
-_DTYPES = {"integers": "np.int64", _MASKS: "bool"}  # what makes arrays of these, else np.float32
+_MAKE = {  # how arrays of these are made, else of np.float32
+    "integers": "np.asarray({}, np.int64)",
+    _MASKS: "np.asarray({}, bool), True where a key is seen, or np.float32, added to scores",
+}
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
@@ -29,7 +32,7 @@ def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers
     if type(thing) is np.ndarray and thing.dtype != object:
         return thing
     wanted = f"an array of {of} was wanted"
-    fix = f"pass np.asarray({name}, {_DTYPES.get(of, 'np.float32')})"
+    fix = "pass " + _MAKE.get(of, "np.asarray({}, np.float32)").format(name)
     if isinstance(thing, np.ma.MaskedArray):
         fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", _filled(name, thing))
     if thing is None or isinstance(thing, (bool, str, bytes)):

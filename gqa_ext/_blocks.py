@@ -4,25 +4,24 @@ import numpy as np
 
 from ._messages import Array
 
-_NO_BLOCKS: Array = np.zeros(0, np.int64)
-
 
 class Blocks:
     """How many sequences have each block.
 
-    A sequence gets the one behind its last, if that is free, and begins in the widest gap: a run of blocks is read
+    A sequence gets the block behind its last, if that is free, and begins in the widest gap: a run of blocks is read
     as fast as keys side by side.
     """
 
     def __init__(self, count: int) -> None:
         self.free = count
         self.users = [0] * count
-        self._is_free = np.ones(count, bool)
+        self._is_free = np.ones(count, bool)  # for finding gaps
 
     def take(self, last: int) -> int:
-        """There is one."""
+        """A free block, of which there is one, for a sequence whose last is this one; -1: it has none."""
         behind = last + 1
-        block = behind if behind < len(self.users) and not self.users[behind] else self._in_widest_gap()
+        goes_on = 0 < behind < len(self.users) and self.users[behind] == 0
+        block = behind if goes_on else self._in_widest_gap()
         self.users[block] = 1
         self._is_free[block] = False
         self.free -= 1
@@ -40,10 +39,10 @@ class Blocks:
             self.free += 1
 
     def _in_widest_gap(self) -> int:
-        """Its middle, as another sequence may be growing into its start."""
+        """Its middle, as the sequence before it may be growing into its start."""
         edges = np.flatnonzero(np.diff(self._is_free, prepend=False, append=False)).reshape(-1, 2)
         begin, end = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
-        middle: int = (begin + end) // 2
+        middle: int = (begin + end) // 2 if begin else 0
         return middle
 
 
@@ -58,7 +57,7 @@ class Sequence:
     def fork(self) -> "Sequence":
         """The same tokens in the same blocks."""
         other = Sequence()
-        other.length, other.held, other._row = self.length, self.held, self._row.copy()
+        other.length, other.held, other._row = self.length, self.held, self.row(max(8, self.held)).copy()
         return other
 
     def blocks(self) -> list[int]:
@@ -67,12 +66,14 @@ class Sequence:
         return blocks
 
     def last(self) -> int:
-        """The last block; -1, which is before the first, where there is none."""
+        """The last block; -1: there is none."""
         return int(self._row[self.held - 1]) if self.held else -1
 
     def push(self, block: int) -> None:
         """One more block."""
-        self.row(self.held + 1)[-1] = block
+        if self.held == len(self._row):
+            self._row = np.concatenate([self._row, np.zeros_like(self._row)])
+        self._row[self.held] = block
         self.held += 1
 
     def pop(self) -> int:
@@ -81,14 +82,16 @@ class Sequence:
         return int(self._row[self.held])
 
     def row(self, width: int) -> Array:
-        """Its blocks, and behind them anything, (width,): a view."""
-        while len(self._row) < width:
-            self._row = np.concatenate([self._row, np.zeros_like(self._row)])
+        """Its first blocks and, if it has room for more, anything behind them, at most (width,): a view."""
         return self._row[:width]
 
 
 def block_table(sequences: list[Sequence]) -> Array:
     """A new block table (len(sequences), blocks): every step of decoding makes one."""
     width = max([sequence.held for sequence in sequences], default=0)
-    rows = [sequence.row(width) for sequence in sequences]
-    return np.concatenate([_NO_BLOCKS, *rows]).reshape(len(rows), width)
+    nothing = np.zeros(width, np.int64)
+    parts = [nothing[:0]]
+    for sequence in sequences:
+        row = sequence.row(width)
+        parts += [row, nothing[len(row) :]]
+    return np.concatenate(parts).reshape(len(sequences), width)

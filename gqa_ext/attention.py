@@ -162,7 +162,7 @@ def repeat_kv(x: ArrayLike, n_rep: int, axis: int = -3) -> Array:
     >>> repeat_kv(np.array([[[1.0]], [[2.0]]]), 2)[:, 0, 0]
     array([1., 1., 2., 2.])
     """
-    array = x if type(x) is ndarray else _arguments.as_array("repeat_kv", "x", x)
+    array = _arguments.as_array("repeat_kv", "x", x)
     times = _arguments.as_int("repeat_kv", "n_rep", n_rep, least=1)
     fix = "pass x as (..., heads, S, D), or another axis"
     where = _arguments.as_axis("repeat_kv", axis, "x", array, fix)

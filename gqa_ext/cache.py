@@ -38,7 +38,7 @@ def make_store(call: str, came: str, shape: tuple[int, ...], dtype: np.dtype[Any
 
 def as_rows(call: str, name: str, thing: Any, batch: int, num_heads: int, width: int) -> Array:
     """New rows (B, Hkv, S, D); leading dimensions broadcast."""
-    array = thing if type(thing) is np.ndarray else as_array(call, name, thing)
+    array = as_array(call, name, thing)
     wanted = (batch, num_heads, array.shape[-2] if array.ndim > 1 else 1, width)
     if array.shape == wanted:
         return array

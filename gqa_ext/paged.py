@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import _core
-from ._arguments import as_array, as_int
+from ._arguments import as_array, as_index, as_int
 from ._blocks import Blocks, Sequence, block_table
 from ._cached import Cached, attend_cached
 from ._explain import check_dtype, check_same_precision
 from ._messages import Array, count, fail, fits, kind, shapes
 from ._rules import as_integers
 from .cache import as_cache_dtype, as_counts, as_rows, make_store
+
+_WHICH = "pass what new_sequence or fork gave"
 
 
 def paged_attention(
@@ -174,17 +176,17 @@ class PagedKVCache:
 
     def fork(self, id: int) -> int:
         """A new sequence with the same tokens, in the same blocks. KeyError: there is no such sequence."""
-        (parent,) = self._find("PagedKVCache.fork", id)
+        parent = self._find_one("PagedKVCache.fork", id)
+        child = self._add(parent.fork())
         for block in parent.blocks():
             self._blocks.share(block)
-        return self._add(parent.fork())
+        return child
 
     def free(self, id: int) -> None:
         """Forget a sequence and give back the blocks that no other has. KeyError: there is no such sequence."""
-        (sequence,) = self._find("PagedKVCache.free", id)
-        for block in reversed(sequence.blocks()):
-            self._blocks.release(block)
-        del self._sequences[_as_ids("PagedKVCache.free", id)[0]]
+        sequence = self._find_one("PagedKVCache.free", id)
+        del self._sequences[int(id)]
+        self._shrink(sequence, 0)
 
     def append(
         self, ids: int | Iterable[int], key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
@@ -209,9 +211,10 @@ class PagedKVCache:
             Shapes or dtypes do not fit, or an id is given twice.
         """
         call = "PagedKVCache.append"
+        ids = _as_ids(call, ids)
         sequences = self._find(call, ids)
         if len(set(sequences)) < len(sequences):
-            came = f"ids is {_as_ids(call, ids)}"
+            came = f"ids is {ids}"
             fail(ValueError, call, came, "each sequence once was wanted", "append in two calls")
         new = [as_rows(call, name, rows, len(sequences), self.num_kv_heads, self.head_dim)
                for name, rows in (("key", key), ("value", value))]  # fmt: skip
@@ -221,11 +224,16 @@ class PagedKVCache:
             wanted = f"one shape was wanted ({shapes(key=new[0], value=new[1])})"
             fail(ValueError, call, "value differs from key", wanted, "pass the rows of both")
         counts = as_counts(call, lengths, len(sequences), new[0].shape[2])
-        self._take_blocks(call, sequences, counts.tolist())
-        stores = (self._keys, self._values, self._key_scales, self._value_scales)
-        _core.cache_append(*stores, block_table(sequences), new[0], new[1], _lengths_of(sequences), counts)
-        for sequence, more in zip(sequences, counts.tolist(), strict=True):
-            sequence.length += more
+        try:
+            self._take_blocks(call, sequences, counts.tolist())
+            table, before = block_table(sequences), _lengths_of(sequences)
+            _core.cache_append(*self._stores(), table, new[0], new[1], before, counts)
+            for sequence, more in zip(sequences, counts.tolist(), strict=True):
+                sequence.length += more
+        except BaseException:  # Ctrl-C too
+            for sequence in sequences:
+                self._shrink(sequence, -(-sequence.length // self.block_size))
+            raise
 
     def attend(self, ids: int | Iterable[int], query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
         """Attention of the query rows (len(ids), Hq, S, head_dim) of these sequences to all that they have.
@@ -240,8 +248,7 @@ class PagedKVCache:
             wanted = f"({len(sequences)}, heads, rows, {self.head_dim}) was wanted, a query for each id"
             fail(ValueError, call, f"query has shape {query.shape}", wanted, "give each sequence its rows")
         lengths = _lengths_of(sequences)
-        stores = (self._keys, self._values, self._key_scales, self._value_scales)
-        cached = Cached(*stores, block_table(sequences), lengths, max(lengths.tolist(), default=0))
+        cached = Cached(*self._stores(), block_table(sequences), lengths, max(lengths.tolist(), default=0))
         return attend_cached(call, cached, query, is_causal, rules)
 
     # ---- blocks ----
@@ -252,9 +259,11 @@ class PagedKVCache:
         rows, scales = make_store("PagedKVCache", f"num_blocks is {self.num_blocks}", shape, self.dtype)
         return rows.swapaxes(0, 1), None if scales is None else scales.swapaxes(0, 1)
 
+    def _stores(self) -> tuple[Array, Array, Array | None, Array | None]:
+        return self._keys, self._values, self._key_scales, self._value_scales
+
     def _arrays(self) -> list[Array]:
-        stores = (self._keys, self._values, self._key_scales, self._value_scales)
-        return [array for array in stores if array is not None]
+        return [array for array in self._stores() if array is not None]
 
     def _add(self, sequence: Sequence) -> int:
         self._next += 1
@@ -267,9 +276,17 @@ class PagedKVCache:
             if number not in self._sequences:
                 what = "was freed" if 0 <= number < self._next else "was never given"
                 wanted = "the id of a sequence in this cache was wanted"
-                fail(KeyError, call, f"sequence {number} {what}", wanted, "pass what new_sequence or fork gave")
+                fail(KeyError, call, f"sequence {number} {what}", wanted, _WHICH)
             found.append(self._sequences[number])
         return found
+
+    def _find_one(self, call: str, id: Any) -> Sequence:
+        return self._find(call, [as_index(call, "id", id, _WHICH)])[0]
+
+    def _shrink(self, sequence: Sequence, blocks: int) -> None:
+        """Give back what it has beyond so many."""
+        while sequence.held > blocks:
+            self._blocks.release(sequence.pop())
 
     def _take_blocks(self, call: str, sequences: list[Sequence], counts: list[int]) -> None:
         """Room for so many more rows in blocks that nobody else has; all of it or none."""
@@ -295,12 +312,12 @@ class PagedKVCache:
 
     def _unshare(self, sequence: Sequence) -> None:
         """A copy of the last block, which others have too."""
-        theirs = sequence.pop()
-        mine = self._blocks.take(sequence.last())
+        theirs, mine = sequence.last(), self._blocks.take(-1)
         for array in self._arrays():
             array[mine] = array[theirs]
-        self._blocks.release(theirs)
+        sequence.pop()
         sequence.push(mine)
+        self._blocks.release(theirs)
 
 
 def _lengths_of(sequences: list[Sequence]) -> Array:
@@ -311,9 +328,10 @@ def _as_ids(call: str, ids: Any) -> list[int]:
     """One id or several."""
     if type(ids) is list and set(map(type, ids)) == {int}:  # as in each step of decoding
         return ids
+    if isinstance(ids, np.ndarray) and ids.ndim == 0:
+        ids = ids[()]
     if isinstance(ids, (int, np.integer)) and not isinstance(ids, bool):
         return [int(ids)]
     if isinstance(ids, (str, bytes, bool)) or not isinstance(ids, Iterable):
-        wanted = "the id of a sequence, or several, was wanted"
-        fail(TypeError, call, f"ids is {kind(ids)}", wanted, "pass what new_sequence or fork gave")
-    return [as_int(call, "ids", number, 0) for number in ids]
+        fail(TypeError, call, f"ids is {kind(ids)}", "the id of a sequence, or several, was wanted", _WHICH)
+    return [as_index(call, "ids", number, _WHICH) for number in ids]

@@ -176,7 +176,8 @@ TYPES = [
     ({"attn_mask": "causal"}, "attn_mask is 'causal', a str; an array of bools or floating-point numbers was wanted: "),
     (
         {"attn_mask": [[None]]},
-        "of Python objects; an array of bools or floating-point numbers was wanted: pass np.asarray(attn_mask, bool)",
+        "of Python objects; an array of bools or floating-point numbers was wanted: "
+        "pass np.asarray(attn_mask, bool), True where a key is seen, or np.float32, added to scores",
     ),
     ({"scale": "0.1"}, "scale is '0.1', a str; a real number was wanted: pass a float, or None"),
     ({"scale": True}, "scale is True; "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -265,7 +266,9 @@ def test_ids() -> None:
             call(number)
         with pytest.raises(KeyError, match="sequence 7 was never given"):
             call(7)
-        with pytest.raises(TypeError, match="ids is"):
+        with pytest.raises(KeyError, match="sequence -1 was never given"):
+            call(-1)
+        with pytest.raises(TypeError, match=r"ids? is '0', a str"):
             call("0")
     again = cache.new_sequence()
     assert again != number
@@ -281,6 +284,66 @@ def test_ids() -> None:
     assert cache.free_blocks == 3
     assert repr(cache) == "PagedKVCache(3, 4, 1, 8, dtype='float32', sequences=1, free_blocks=3)"
     assert cache.nbytes == 3 * 4 * 8 * 2 * 4
+
+
+def test_ids_of_any_kind() -> None:
+    """One or several, ints or NumPy's, in a list, an array or an iterator: used up once."""
+    twin = Twin(20, 4)
+    ids = [twin.new() for _ in range(3)]
+    twin.append(ids, 5)
+    cache, query = twin.cache, rows(0, 3, 4, 1, 8)
+    wanted = cache.attend(ids, query)
+    for same_ids in (tuple(ids), np.array(ids), iter(ids), map(np.int32, ids), dict.fromkeys(ids)):
+        same(cache.attend(same_ids, query), wanted)
+    for one in (ids[0], np.int8(ids[0]), np.array(ids[0]), [ids[0]], iter(ids[:1])):
+        same(cache.attend(one, query[:1]), wanted[:1])
+    assert cache.attend([], query[:0]).shape == (0, 4, 1, 8)
+    new = np.ones((2, 2, 1, 8))
+    with pytest.raises(ValueError, match=r"ids is \[1, 1\]"):
+        cache.append(iter([1, 1]), new, new)
+    for bad in (True, [True], [0.0], None, "01", [[0]]):
+        with pytest.raises(TypeError, match="ids is"):
+            cache.attend(bad, query)
+    for bad in ([0], iter([0]), None, 0.0):
+        for call in (cache.free, cache.fork):
+            with pytest.raises(TypeError, match="id is"):
+                call(bad)
+    twin.check()
+    cache.free(np.int64(ids[1]))
+    assert cache.free_blocks == 20 - 4
+
+
+def test_what_goes_wrong_inside_append_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out, or Ctrl-C come, when blocks have been taken."""
+    twin = Twin(9, 4)
+    a, b = twin.new(), twin.new()
+    twin.append([a, b], 3)
+    fork = twin.fork(a)
+    with monkeypatch.context() as patch:
+        patch.setattr("gqa_ext.paged.block_table", lambda sequences: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            twin.cache.append([a, b], rows(0, 2, 2, 9, 8), rows(1, 2, 2, 9, 8))
+    twin.check()
+    twin.append([twin.fork(a), fork, b], 2)
+    twin.check()
+    for number in list(twin.right):
+        twin.free(number)
+    assert twin.cache.free_blocks == 9
+
+
+def test_a_short_sequence_beside_a_long_one_stays_small() -> None:
+    cache = PagedKVCache(10_100, 1, 1, 1)
+    long, *short = (cache.new_sequence() for _ in range(100))
+    new = np.ones((1, 1, 10_000, 1))
+    cache.append(long, new, new)
+    tracemalloc.start()
+    cache.append(short, *[np.ones((99, 1, 1, 1))] * 2)
+    query = np.ones((100, 1, 1, 1), np.float32)
+    for _ in range(2):
+        assert (cache.attend([long, *short], query) == 1).all()
+    kept, _peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 500_000  # a table is 8 MB
 
 
 @pytest.mark.parametrize(
