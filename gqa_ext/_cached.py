@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _arguments, _core, _explain
+from . import _arguments, _checks, _core, _explain
 from ._messages import Array, fail, heads, retold
 from ._rules import NO_RULES, Rules, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
 from .attention import attend_into, room_for_weights
@@ -99,7 +99,7 @@ def _room(call: str, query: Array, cached: Cached) -> Array | None:
     """Zeros (..., Hq, Sq, keys) for weights; None where the query does not fit, which C will say."""
     key, value = _explain.cache_as_arrays(cached.keys, cached.values, cached.block_table, cached.longest)
     try:
-        shape = (*_explain.output_shape(query, key, value)[:-1], cached.longest)
+        shape = (*_checks.output_shape(query, key, value)[:-1], cached.longest)
     except (ValueError, IndexError):
         return None
     return room_for_weights(call, shape, query)

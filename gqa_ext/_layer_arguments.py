@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._arguments import as_array, as_dtype, as_int, as_mask, as_real, is_lower_right, rounded
-from ._explain import check_lengths, check_mask
+from ._checks import check_lengths, check_mask
 from ._messages import COMPUTED, HALVES, Array, fail, fits, kind, native, shapes
 from ._rules import as_integers, as_slopes
 from .rope import RotaryEmbedding

@@ -1,7 +1,7 @@
 """The words that error messages are made of.
 
-A message has five parts: the call, the argument, what came, what was wanted, and the fix.  Used by
-everything that checks an argument: the conversions before a call of C, and _explain.py after it said no.
+A message has five parts: the call, the argument, what came, what was wanted, and the fix.  Used by everything that
+checks an argument: the conversions before a call of C, _checks.py, and _explain.py after C said no.
 """
 
 from collections.abc import Iterable

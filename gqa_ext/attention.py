@@ -12,7 +12,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _core, _explain, _messages
+from . import _arguments, _checks, _core, _messages
 from ._docs import shared_docs
 from ._messages import ATTENTION, Array, fail, native
 from ._rules import NO_RULES, Rules, as_rules, with_dropout
@@ -103,7 +103,7 @@ def scaled_dot_product_attention(
 def _room_for_weights(query: Array, key: Array, value: Array) -> Array | None:
     """Zeros (..., Hq, Sq, Sk) for C to write to; None where the shapes do not fit, which C will say."""
     try:
-        shape = (*_explain.output_shape(query, key, value)[:-1], key.shape[-2])
+        shape = (*_checks.output_shape(query, key, value)[:-1], key.shape[-2])
     except (ValueError, IndexError):
         return None
     return room_for_weights(ATTENTION, shape, query)
@@ -126,7 +126,7 @@ def attend_into(out: Array, problem: Problem, return_lse: bool, call: str = ATTE
     result = _core.attention(*problem, None if clash else target, return_lse)
     if clash:
         fresh = result[0] if return_lse else result
-        _explain.check_out(target, fresh.shape, query, call)
+        _checks.check_out(target, fresh.shape, query, call)
         target[...] = fresh
     return (out, result[1]) if return_lse else out
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arguments, _core, _explain
+from . import _arguments, _checks, _core
 from ._docs import shared_docs
 from ._messages import ANY_FLOAT, FLOATS, Array, fail, native, shapes
 from ._rules import NO_RULES, Rules, as_integers, as_sinks, as_slopes, as_softcap, as_window, with_dropout
@@ -94,7 +94,7 @@ def _attend(
     query, _, value = arrays
     shape, dtype, fix = (*query.shape[:2], value.shape[2]), native(query.dtype), "pass fewer rows or heads at once"
     target = _arguments.room(CALL, "out", shape, dtype, fix) if out is None else _arguments.as_out(out, CALL)
-    _explain.check_out(target, shape, query, CALL)
+    _checks.check_out(target, shape, query, CALL)
     clash = any(_arguments.overlap(target, array) for array in arrays)
     written = np.empty(shape, dtype) if clash else target
     q, k, v, o = (array.transpose(1, 0, 2) for array in (*arrays, written))
@@ -135,7 +135,7 @@ def check_packed(query: Array, key: Array, value: Array) -> None:
     if query.shape[2] != key.shape[2] or query.shape[2] == 0 or key.shape[:2] != value.shape[:2]:
         wanted = "query and key must share head_dim, key and value rows and heads"
         fail(ValueError, CALL, f"the shapes are {where}", wanted, "pass (T, heads, head_dim) arrays that do")
-    _explain.check_ratio(query.shape[1], key.shape[1], where, CALL)
+    _checks.check_ratio(query.shape[1], key.shape[1], where, CALL)
 
 
 def as_starts(name: str, thing: Any, rows: Array) -> Array:

@@ -13,7 +13,7 @@ from . import _core
 from ._arguments import as_array, as_index, as_int
 from ._blocks import Blocks, Sequence, block_table
 from ._cached import Cached, attend_cached
-from ._explain import check_dtype, check_same_precision
+from ._checks import check_dtype, check_same_precision
 from ._messages import Array, count, fail, fits, kind, shapes
 from ._rules import as_integers
 from .cache import as_cache_dtype, as_counts, as_rows, make_store

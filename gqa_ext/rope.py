@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arguments import as_array, as_flag, as_int, as_out, clashes
-from ._explain import check_out
+from ._checks import check_out
 from ._messages import ROPE, Array, fail
 from ._rope_scaling import CALL, Frequencies, frequencies, read_settings
 from ._rules import as_integers
