@@ -115,6 +115,26 @@ def _smallest(rng: np.random.Generator) -> tuple[Call, Call]:
     return step, lambda i: torch.nn.functional.scaled_dot_product_attention(*tensors, enable_gqa=True)
 
 
+def _append(rng: np.random.Generator, dtype: str) -> tuple[Call, Call]:
+    """2,048 tokens of 8 heads, as after a prompt, against torch's cast of as many into memory that is there."""
+    import torch
+
+    torch.set_num_threads(1)
+    new = _rows(rng, 1, 8, 2048, 128)
+    cache = gqa_ext.KVCache(1, 8, 128, capacity=2048, dtype=dtype)
+    source, store = torch.from_numpy(new), torch.zeros(2, *new.shape, dtype=getattr(torch, dtype))
+
+    def append(i: int) -> None:
+        cache.reset()
+        cache.append(new, new)
+
+    def copy(i: int) -> None:
+        for half in store:
+            half.copy_(source)
+
+    return append, copy
+
+
 CASES = (
     Case("paged blocks of 16 / contiguous, 8 ragged, 32/8, float32", partial(_paged, dtype="float32"), 1.1),
     Case("paged blocks of 16 / contiguous, 8 ragged, 32/8, float16", partial(_paged, dtype="float16"), 1.1),
@@ -122,6 +142,8 @@ CASES = (
     Case("8 ragged / one sequence of as many tokens, 32/8, float32", _ragged, 1.1),
     Case("int8 / float16, 16k, 32/8", _int8, 1.0),
     Case("int8 / ggml's Q8_0, 16k, 32/8", _int8_ggml, 1 / 3),
+    Case("append 2,048 tokens to a float16 cache / torch's cast", partial(_append, dtype="float16"), 1.5),
+    Case("append 2,048 tokens to a bfloat16 cache / torch's cast", partial(_append, dtype="bfloat16"), 1.5),
     Case("reset + append + attend, 1 key, 8/2 / torch attention alone", _smallest, 1.5),
 )
 

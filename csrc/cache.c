@@ -1,6 +1,6 @@
 /* cache.c: new rows into a cache, cast to its type on the way.
  *
- * Row by row: widened to double, which holds every float exactly, and rounded once.  A row that has the cache's
+ * Row by row, by the kernels of its own arithmetic: widened exactly and rounded once.  A row that has the cache's
  * own type is copied.  Called by python/cache.c. */
 #include "gqa.h"
 
@@ -8,7 +8,9 @@
 #include <string.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "elements.h"
+#include "half.h"
 
 enum { STRIP = 512 }; /* elements of a row on the stack at a time */
 
@@ -65,42 +67,48 @@ struct row {
     int64_t to_step, from_step, width;
 };
 
-/* Elements first to first + count of a row, as doubles. */
-static void widen(double *x, const struct row *row, const struct gqa_array *from, int64_t first, int64_t count) {
-    char packed[STRIP * sizeof(double)];
-    gqa_copy_elements(packed, (int64_t)gqa_itemsize(from->dtype), row->from + first * row->from_step, row->from_step,
-                      count, gqa_itemsize(from->dtype), from->swapped);
-    gqa_widen(x, packed, count, from->dtype);
+/* Elements first to first + count of a row, as reals. */
+static void load(const struct gqa_kernels *kernels, void *reals, const struct row *row, const struct gqa_array *from,
+                 int64_t first, int64_t count) {
+    kernels->load(reals, row->from + first * row->from_step, row->from_step, from->dtype, from->swapped, (int)count);
 }
 
 static void cast_row(const struct row *row, const struct gqa_array *to, const struct gqa_array *from) {
-    const size_t size = gqa_itemsize(to->dtype);
-    char narrow[STRIP * sizeof(float)];
-    double x[STRIP];
+    const struct gqa_kernels *kernels = gqa_kernels_for(from->dtype);
+    double reals[STRIP]; /* or floats */
     if (to->dtype == from->dtype) {
-        gqa_copy_elements(row->to, row->to_step, row->from, row->from_step, row->width, size, from->swapped);
+        gqa_copy_elements(row->to, row->to_step, row->from, row->from_step, row->width, gqa_itemsize(to->dtype),
+                          from->swapped);
         return;
     }
     for (int64_t first = 0; first < row->width; first += STRIP) {
         const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
-        widen(x, row, from, first, count);
-        gqa_narrow(narrow, x, count, to->dtype);
-        gqa_copy_elements(row->to + first * row->to_step, row->to_step, narrow, (int64_t)size, count, size, false);
+        load(kernels, reals, row, from, first, count);
+        kernels->store(row->to + first * row->to_step, row->to_step, to->dtype, false, reals, (int)count);
     }
 }
 
-/* The largest magnitude of a row; NaN where an element is not finite. */
+/* Elements first to first + count of a row, as doubles. */
+static void widen(double *x, const struct row *row, const struct gqa_array *from, int64_t first, int64_t count) {
+    const struct gqa_kernels *kernels = gqa_kernels_for(from->dtype);
+    double reals[STRIP]; /* or floats */
+    load(kernels, reals, row, from, first, count);
+    gqa_widen(x, (const char *)reals, count, gqa_own_dtype(kernels));
+}
+
+/* The largest magnitude of a row; NaN where an element is not finite.  Magnitudes are ordered as their bits are. */
 static double magnitude(const struct row *row, const struct gqa_array *from) {
-    double x[STRIP], most = 0, odd = 0;
+    double x[STRIP];
+    uint64_t most = 0;
     for (int64_t first = 0; first < row->width; first += STRIP) {
         const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
         widen(x, row, from, first, count);
         for (int64_t i = 0; i < count; i++) {
-            most = fabs(x[i]) > most ? fabs(x[i]) : most;
-            odd += 0 * x[i]; /* NaN unless all are finite */
+            const uint64_t bits = gqa_double_bits(fabs(x[i]));
+            most = bits > most ? bits : most;
         }
     }
-    return most + odd;
+    return most < gqa_double_bits(INFINITY) ? gqa_double_from_bits(most) : NAN;
 }
 
 /* Rounded up, so that no quotient leaves -127..127 and none is off by more than half a scale. */
@@ -109,15 +117,19 @@ static float scale_of(double most) {
     return (double)scale * 127 < most ? nextafterf(scale, INFINITY) : scale;
 }
 
+/* The nearest integer, the even one of two, of a small number: rint is a call where the baseline has no instruction. */
+static double nearest(double x) { return x + 0x1.8p52 - 0x1.8p52; }
+
 static float quantise_row(const struct row *row, const struct gqa_array *from) {
     const float scale = scale_of(magnitude(row, from));
     const bool zero = !(scale > 0 && scale < INFINITY); /* nothing but zeros, or NaN by way of the scale */
     double x[STRIP];
+    char narrow[STRIP];
     for (int64_t first = 0; first < row->width; first += STRIP) {
         const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
         widen(x, row, from, first, count);
-        for (int64_t i = 0; i < count; i++)
-            row->to[(first + i) * row->to_step] = (char)(zero ? 0 : (int8_t)rint(x[i] / (double)scale));
+        for (int64_t i = 0; i < count; i++) narrow[i] = (char)(zero ? 0 : (int)nearest(x[i] / (double)scale));
+        for (int64_t i = 0; i < count; i++) row->to[(first + i) * row->to_step] = narrow[i];
     }
     return scale < INFINITY ? scale : NAN;
 }

@@ -10,7 +10,7 @@
  * both by `outer`, or in bfloat16 by `outer_pairs` and `weigh_pairs`.  Few rows: `dot` puts keys in lanes, then `outer_few` value dims; both read a regular row of
  * a narrow type in place and widen it in registers, since few rows are bound by the bytes they read.
  * `rows` is true where a statistic belongs to a row of c (few), false where to a lane.
- * Filled by kernels_tmpl.h, chosen by dispatch.c, called by tile.c, work.c, view.c, bias.c, weigh.c and merge.c. */
+ * Filled by kernels_tmpl.h, chosen by dispatch.c, called by tile.c, work.c, view.c, bias.c, weigh.c, merge.c and cache.c. */
 #ifndef GQA_KERNELS_H
 #define GQA_KERNELS_H
 
@@ -136,8 +136,7 @@ struct gqa_kernels {
     /* n elements of an array, any dtype but int64, step bytes apart, to reals.  A bool becomes what a mask
      * adds: 0 for true, -inf for false. */
     void (*load)(void *to, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, int n);
-    /* n reals, side by side, to an array of dtype, step bytes apart: halves, rounded once to nearest even, or the
-     * table's own reals. */
+    /* n reals, side by side, to an array of any float dtype, step bytes apart, rounded once to nearest even. */
     void (*store)(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n);
     /* to[i] = from[i] * factor */
     void (*multiply)(void *to, const void *from, int n, double factor);

@@ -121,6 +121,10 @@ BLOCK void load_halves(real *to, const char *from, ptrdiff_t step, const enum gq
 }
 
 static void load(void *to, const char *from, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, int n) {
+    if (dtype == OWN && step == sizeof(real) && !swapped) {
+        memcpy(to, from, (size_t)n * sizeof(real));
+        return;
+    }
     switch (dtype) {
     case GQA_BOOL:
         if (step == 1)
@@ -137,6 +141,15 @@ static void load(void *to, const char *from, ptrdiff_t step, enum gqa_dtype dtyp
     }
 }
 
+/* ---- and back ---- */
+
+BLOCK void put_bits(char *to, uint64_t bits, const size_t size, bool swapped) {
+    const uint16_t two = swapped ? __builtin_bswap16((uint16_t)bits) : (uint16_t)bits;
+    const uint32_t four = swapped ? __builtin_bswap32((uint32_t)bits) : (uint32_t)bits;
+    const uint64_t eight = swapped ? __builtin_bswap64(bits) : bits;
+    memcpy(to, size == 2 ? (const void *)&two : size == 4 ? (const void *)&four : (const void *)&eight, size);
+}
+
 BLOCK void narrowed(void *halves, const enum gqa_dtype dtype, vec x) {
     if (dtype == GQA_FLOAT16)
         vstore_float16(halves, x);
@@ -151,10 +164,7 @@ BLOCK void store_some_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtyp
     real part[LANES] = {0};
     for (int i = 0; i < n; i++) part[i] = from[i];
     narrowed(halves, dtype, vload(part));
-    for (int i = 0; i < n; i++) {
-        const uint16_t bits = swapped ? __builtin_bswap16(halves[i]) : halves[i];
-        memcpy(to + i * step, &bits, sizeof bits);
-    }
+    for (int i = 0; i < n; i++) put_bits(to + i * step, halves[i], 2, swapped);
 }
 
 BLOCK void store_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from, int n) {
@@ -166,24 +176,24 @@ BLOCK void store_halves(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bo
         store_some_halves(to + i * step, step, dtype, swapped, from + i, n - i < LANES ? n - i : LANES);
 }
 
-BLOCK void store_reals(char *to, ptrdiff_t step, bool swapped, const real *from, int n) {
-    for (int i = 0; i < n; i++) {
-        const uint64_t bits = bits_at((const char *)(from + i), sizeof(real), swapped);
-        const uint32_t low = (uint32_t)bits;
-        memcpy(to + i * step, sizeof(real) == sizeof low ? (const void *)&low : (const void *)&bits, sizeof(real));
-    }
+BLOCK void store_as(char *to, ptrdiff_t step, const enum gqa_dtype dtype, bool swapped, const real *from, int n) {
+    const size_t size = dtype == GQA_FLOAT32 ? sizeof(float) : sizeof(double);
+    for (int i = 0; i < n; i++)
+        put_bits(to + i * step, size == sizeof(float) ? gqa_float_bits((float)from[i]) : gqa_double_bits(from[i]), size,
+                 swapped);
 }
 
 static void store(char *to, ptrdiff_t step, enum gqa_dtype dtype, bool swapped, const void *from, int n) {
-    switch (dtype) {
-    case GQA_FLOAT16: store_halves(to, step, GQA_FLOAT16, swapped, from, n); break;
-    case GQA_BFLOAT16: store_halves(to, step, GQA_BFLOAT16, swapped, from, n); break;
-    default:
-        if (step == sizeof(real) && !swapped)
-            memcpy(to, from, (size_t)n * sizeof(real));
-        else
-            store_reals(to, step, swapped, from, n);
-    }
+    if (dtype == OWN && step == sizeof(real) && !swapped)
+        memcpy(to, from, (size_t)n * sizeof(real));
+    else if (dtype == GQA_FLOAT16)
+        store_halves(to, step, GQA_FLOAT16, swapped, from, n);
+    else if (dtype == GQA_BFLOAT16)
+        store_halves(to, step, GQA_BFLOAT16, swapped, from, n);
+    else if (dtype == GQA_FLOAT32)
+        store_as(to, step, GQA_FLOAT32, swapped, from, n);
+    else
+        store_as(to, step, GQA_FLOAT64, swapped, from, n);
 }
 
 static void multiply(void *to, const void *from, int n, double factor) {

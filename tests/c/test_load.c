@@ -87,14 +87,14 @@ static void test_load(void) {
             }
 }
 
-/* The bits of x as the table's own real. */
-static uint64_t own_bits(double x) {
+/* The bits of x as a float or double. */
+static uint64_t bits_of(double x, enum gqa_dtype dtype) {
     const float single = (float)x;
     uint32_t narrow;
     uint64_t wide;
     memcpy(&narrow, &single, sizeof narrow);
     memcpy(&wide, &x, sizeof wide);
-    return kernels->real_size == sizeof single ? narrow : wide;
+    return dtype == GQA_FLOAT32 ? narrow : wide;
 }
 
 /* Elements wanted[i], as their bits; NaN wants any NaN. */
@@ -155,22 +155,22 @@ static void test_every_rounding(void) {
     free(bits), free(from);
 }
 
-/* Every length and step, to halves and to the table's own reals. */
+/* Every length and step, to every float dtype. */
 static void test_store(void) {
-    const enum gqa_dtype own = kernels->real_size == sizeof(float) ? GQA_FLOAT32 : GQA_FLOAT64;
-    const enum gqa_dtype dtypes[] = {GQA_FLOAT16, GQA_BFLOAT16, own};
+    const enum gqa_dtype dtypes[] = {GQA_FLOAT16, GQA_BFLOAT16, GQA_FLOAT32, GQA_FLOAT64};
     for (int n = 1; n <= 40; n++)
-        for (int variant = 0; variant < 36; variant++) {
+        for (int variant = 0; variant < 48; variant++) {
             const enum gqa_dtype dtype = dtypes[variant / 12];
+            const bool half = variant / 12 < 2;
             const ptrdiff_t size = (ptrdiff_t)sizes[dtype], steps[] = {size, size + 3, -size};
             uint64_t bits[40];
             void *from = drawn(n, RANDOM);
             for (int i = 0; i < n; i++) {
                 double x[ABOUT];
                 uint64_t about[ABOUT];
-                about_half((int)(32768 * chance()), dtype == own ? GQA_FLOAT16 : dtype, x, about);
-                if (dtype != own) put(from, i, x[i % ABOUT]);
-                bits[i] = dtype == own ? own_bits(get(from, i)) : about[i % ABOUT];
+                about_half((int)(32768 * chance()), half ? dtype : GQA_FLOAT16, x, about);
+                if (half) put(from, i, x[i % ABOUT]);
+                bits[i] = half ? about[i % ABOUT] : bits_of(get(from, i), dtype);
             }
             check_store(from, bits, n, dtype, variant & 1, steps[variant / 4 % 3]);
             free(from);
