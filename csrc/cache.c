@@ -1,7 +1,7 @@
 /* cache.c: new rows into a cache, cast to its type on the way.
  *
  * Row by row, by the kernels of its own arithmetic: widened exactly and rounded once.  A row that has the cache's
- * own type is copied.  Called by python/cache.c. */
+ * own type is copied.  A task is some rows of one sequence and head.  Called by python/cache.c. */
 #include "gqa.h"
 
 #include <math.h>
@@ -11,8 +11,14 @@
 #include "dispatch.h"
 #include "elements.h"
 #include "half.h"
+#include "numbers.h"
+#include "pool.h"
 
-enum { STRIP = 512 }; /* elements of a row on the stack at a time */
+enum {
+    STRIP = 512,             /* elements of a row on the stack at a time */
+    TASK_ELEMENTS = 1 << 15, /* cast by one task, in some 10 us */
+    SMALL_APPEND = 1 << 17,  /* elements below which waking another thread costs more than it gains */
+};
 
 /* ---- checks ---- */
 
@@ -82,7 +88,7 @@ static void cast_row(const struct row *row, const struct gqa_array *to, const st
         return;
     }
     for (int64_t first = 0; first < row->width; first += STRIP) {
-        const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
+        const int64_t count = gqa_min(row->width - first, STRIP);
         load(kernels, reals, row, from, first, count);
         kernels->store(row->to + first * row->to_step, row->to_step, to->dtype, false, reals, (int)count);
     }
@@ -101,7 +107,7 @@ static double magnitude(const struct row *row, const struct gqa_array *from) {
     double x[STRIP];
     uint64_t most = 0;
     for (int64_t first = 0; first < row->width; first += STRIP) {
-        const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
+        const int64_t count = gqa_min(row->width - first, STRIP);
         widen(x, row, from, first, count);
         for (int64_t i = 0; i < count; i++) {
             const uint64_t bits = gqa_double_bits(fabs(x[i]));
@@ -126,7 +132,7 @@ static float quantise_row(const struct row *row, const struct gqa_array *from) {
     double x[STRIP];
     char narrow[STRIP];
     for (int64_t first = 0; first < row->width; first += STRIP) {
-        const int64_t count = row->width - first < STRIP ? row->width - first : STRIP;
+        const int64_t count = gqa_min(row->width - first, STRIP);
         widen(x, row, from, first, count);
         for (int64_t i = 0; i < count; i++) narrow[i] = (char)(zero ? 0 : (int)nearest(x[i] / (double)scale));
         for (int64_t i = 0; i < count; i++) row->to[(first + i) * row->to_step] = narrow[i];
@@ -155,21 +161,47 @@ static void store_row(const struct gqa_array *rows, const struct gqa_array *scal
            sizeof scale);
 }
 
-/* The new rows of one sequence and head.  Of more rows than a ring holds, the last ones stay. */
-static void store_rows(const struct gqa_cache_append *problem, int64_t b, int64_t head) {
+struct appending {
+    const struct gqa_cache_append *problem;
+    int64_t rows, parts; /* of a task, and tasks of each sequence and head */
+};
+
+/* Some rows of one sequence and head.  Of more rows than a ring holds, the last ones stay. */
+static void store_some(const void *context, int64_t index, void *scratch, struct gqa_job *job) {
+    const struct appending *appending = context;
+    const struct gqa_cache_append *problem = appending->problem;
     const struct gqa_array *table = &problem->block_table;
+    const int64_t heads = problem->keys.shape[1], slots = problem->keys.shape[2];
+    const int64_t part = index % appending->parts, head = index / appending->parts % heads;
+    const int64_t b = index / appending->parts / heads;
     const int64_t first = gqa_integer(&problem->lengths, b, 0), count = gqa_integer(&problem->counts, b, 0);
-    const int64_t rows = problem->keys.shape[2];
-    for (int64_t i = table->data || count < rows ? 0 : count - rows; i < count; i++) {
-        const int64_t block = table->data ? gqa_integer(table, b, (first + i) / rows) : b, at = (first + i) % rows;
+    const int64_t end = gqa_min(count, (part + 1) * appending->rows);
+    int64_t i = part * appending->rows;
+    if (!table->data) i = gqa_max(i, count - slots);
+    (void)scratch, (void)job; /* a task is short */
+    for (; i < end; i++) {
+        const int64_t block = table->data ? gqa_integer(table, b, (first + i) / slots) : b, at = (first + i) % slots;
         store_row(&problem->keys, &problem->key_scales, &problem->new_keys, b, head, i, block, at);
         store_row(&problem->values, &problem->value_scales, &problem->new_values, b, head, i, block, at);
     }
 }
 
-enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem) {
+/* Whether rows that were there before are lost: then nothing may stop halfway. */
+static bool overwrites(const struct gqa_cache_append *problem) {
+    for (int64_t b = 0; b < problem->new_keys.shape[0] && !problem->block_table.data; b++)
+        if (gqa_integer(&problem->lengths, b, 0) + gqa_integer(&problem->counts, b, 0) > problem->keys.shape[2])
+            return true;
+    return false;
+}
+
+enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem, struct gqa_poll poll) {
     if (!append_fits(problem)) return GQA_BAD_ARGUMENT;
-    for (int64_t b = 0; b < problem->new_keys.shape[0]; b++)
-        for (int64_t head = 0; head < problem->keys.shape[1]; head++) store_rows(problem, b, head);
-    return GQA_OK;
+    const struct gqa_array *new_keys = &problem->new_keys;
+    const int64_t width = gqa_max(1, new_keys->shape[3] + problem->new_values.shape[3]);
+    struct appending appending = {problem, gqa_max(1, TASK_ELEMENTS / width), 0};
+    appending.parts = gqa_ceil_div(new_keys->shape[2], appending.rows);
+    const int64_t heads = new_keys->shape[0] * new_keys->shape[1];
+    const int threads = heads * new_keys->shape[2] * width < SMALL_APPEND ? 1 : gqa_get_num_threads();
+    if (overwrites(problem)) poll = (struct gqa_poll){0};
+    return gqa_pool_run(store_some, &appending, heads * appending.parts, 0, threads, poll);
 }

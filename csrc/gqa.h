@@ -95,7 +95,7 @@ struct gqa_cache_append {
     struct gqa_array lengths; /* int64 (B,): rows that each sequence has already */
     struct gqa_array counts;  /* int64 (B,): how many of its new rows to write */
 };
-enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem);
+enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem, struct gqa_poll poll);
 
 /* Pools the heads of one projection.  Seen along axis, weight is (num_heads * head_dim)
  * slices and out (num_kv_heads * head_dim); out head g is the weighted mean of

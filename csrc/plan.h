@@ -6,6 +6,7 @@
 #define GQA_PLAN_H
 
 #include "kernels.h"
+#include "numbers.h"
 
 enum {
     GQA_SPAN = 2048,           /* keys whose part is made without a merge, and one stream: a multiple of the key tile */
@@ -102,16 +103,5 @@ void gqa_plan_bounds(const struct gqa_plan *plan, const struct gqa_unit *unit, i
 
 /* Where (sequence, head) of an operand begins. */
 char *gqa_operand_at(const struct gqa_plan *plan, const struct gqa_operand *operand, int64_t sequence, int64_t head);
-
-static inline int64_t gqa_min(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t gqa_max(int64_t a, int64_t b) { return a > b ? a : b; }
-/* a - b, kept within int64: positions may be any integers. */
-static inline int64_t gqa_less(int64_t a, int64_t b) {
-    int64_t x;
-    return !__builtin_sub_overflow(a, b, &x) ? x : a < b ? INT64_MIN : INT64_MAX;
-}
-
-static inline int64_t gqa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t gqa_round_up(int64_t a, int64_t b) { return gqa_ceil_div(a, b) * b; }
 
 #endif

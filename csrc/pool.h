@@ -2,7 +2,7 @@
  *
  * Workers start when first needed, sleep between calls, and are forgotten by a
  * forked child, which starts its own.  One call owns the workers at a time; a
- * second caller works alone rather than wait.  Used by attention.c, convert.c and rope.c. */
+ * second caller works alone rather than wait.  Used by attention.c, convert.c, rope.c and cache.c. */
 #ifndef GQA_POOL_H
 #define GQA_POOL_H
 

@@ -8,6 +8,7 @@
  * Called by python/rope.c. */
 #include "elements.h"
 #include "gqa.h"
+#include "numbers.h"
 #include "pool.h"
 
 #include <math.h>
@@ -200,13 +201,12 @@ enum gqa_status gqa_rope_run(const struct gqa_rope *problem, struct gqa_poll pol
     if (!arrays_fit(problem)) return GQA_BAD_ARGUMENT;
     struct turning t = {.problem = problem, .itemsize = gqa_itemsize(problem->x.dtype)};
     list_dims(&t);
-    t.blocks = (problem->x.shape[problem->x.ndim - 2] + BLOCK - 1) / BLOCK;
-    t.parts = (t.shared.count + SHARERS - 1) / SHARERS;
+    t.blocks = gqa_ceil_div(problem->x.shape[problem->x.ndim - 2], BLOCK);
+    t.parts = gqa_ceil_div(t.shared.count, SHARERS);
     t.units = t.own.count * t.blocks * t.parts;
     if (t.units == 0) return GQA_OK;
-    const int64_t sharers = t.shared.count < SHARERS ? t.shared.count : SHARERS;
-    const int64_t unit_elements = BLOCK * 2 * problem->pairs * sharers;
-    t.units_per_task = unit_elements < TASK_ELEMENTS ? TASK_ELEMENTS / unit_elements : 1;
-    const int64_t tasks = (t.units + t.units_per_task - 1) / t.units_per_task;
+    const int64_t unit_elements = BLOCK * 2 * problem->pairs * gqa_min(t.shared.count, SHARERS);
+    t.units_per_task = gqa_max(1, TASK_ELEMENTS / unit_elements);
+    const int64_t tasks = gqa_ceil_div(t.units, t.units_per_task);
     return gqa_pool_run(turn_task, &t, tasks, scratch_bytes(problem->pairs), gqa_get_num_threads(), poll);
 }

@@ -34,7 +34,7 @@ def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers
     wanted = f"an array of {of} was wanted"
     fix = "pass " + _MAKE.get(of, "np.asarray({}, np.float32)").format(name)
     if isinstance(thing, np.ma.MaskedArray):
-        fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", _filled(name, thing))
+        fail(TypeError, call, f"{name} is a masked array", "a plain array was wanted", _filled(call, name, thing))
     if thing is None or isinstance(thing, (bool, str, bytes)):
         fail(TypeError, call, f"{name} is {kind(thing)}", wanted, f"pass an array as {name}")
     try:
@@ -50,11 +50,13 @@ def as_array(call: str, name: str, thing: Any, of: str = "floating-point numbers
     return array
 
 
-def _filled(name: str, thing: np.ma.MaskedArray[Any, Any]) -> str:
+def _filled(call: str, name: str, thing: np.ma.MaskedArray[Any, Any]) -> str:
     """How a plain array is made of a masked one."""
     if name == "attn_mask":
         return f"pass attn_mask.filled({False if thing.dtype.kind in 'biu' else '-np.inf'}), which masks those slots"
-    return f"pass {name}.filled(...)" + (" and the masked slots in attn_mask" if name in SLOTS else "")
+    return f"pass {name}.filled(...)" + (
+        " and the masked slots in attn_mask" if name in SLOTS and "append" not in call else ""
+    )
 
 
 def as_arrays(**things: Any) -> list[Array]:
@@ -155,7 +157,9 @@ def as_scale(call: str, thing: Any, dtype: np.dtype[Any], wider: str = "float64 
     if not math.isfinite(scale):
         wanted = "a finite number was wanted, or None for 1/sqrt(head_dim)"
         fail(ValueError, call, f"scale is {scale}", wanted, "leave it out or pass a finite one")
-    check_held(call, "scale", scale, dtype, wider, "multiply query by it in float64 and pass scale=1.0")
+    check_held(
+        call, "scale", scale, dtype, wider, "multiply query by it in float64, cast that back, and pass scale=1.0"
+    )
     return scale
 
 

@@ -91,6 +91,8 @@ def cached_attention(
     check_array(ATTENTION, "query", query)
     held = native(key.dtype)
     check_dtype("query", query, among=DOUBLE if held == np.float64 else FLOATS[:-1], why=f", as the cache holds {held}")
+    check_rank("query", query)
+    _check_against_cache(query, key)
     if rules.block_table is not None and rules.kv_lengths is not None:
         check_lengths("kv_lengths", rules.kv_lengths, (len(rules.block_table),), "keys in its blocks",
                       int(rules.cached_keys or 0), f"(block_table {rules.block_table.shape})")  # fmt: skip
@@ -98,6 +100,18 @@ def cached_attention(
     key, value = cache_as_arrays(key, value, rules.block_table, int(rules.cached_keys or 0))
     plain = rules._replace(cached_keys=None, block_table=None, key_scales=None, value_scales=None)
     attention(query, key, value, attn_mask, is_causal, True, scale, True, plain, out, lse)
+
+
+def _check_against_cache(query: Array, key: Array) -> None:
+    """head_dim and heads are those of keys that the caller does not see."""
+    dim, hkv, hq = key.shape[3], key.shape[1], heads(query)
+    if query.shape[-1] != dim:
+        wanted = f"{dim} was wanted, as the cache's keys have it ({shapes(query=query)})"
+        fail(ValueError, ATTENTION, f"query has head_dim {query.shape[-1]}", wanted, f"pass (..., rows, {dim})")
+    if hkv == 0 or hq % hkv:
+        wanted = f"query heads must be a multiple of the {hkv} key heads of the cache ({shapes(query=query)})"
+        fix = f"pass query with {hkv}, {2 * hkv} or another multiple of heads, as (..., heads, rows, head_dim)"
+        fail(ValueError, ATTENTION, f"query has {count(hq, 'head')}", wanted, fix)
 
 
 def cache_as_arrays(key: Array, value: Array, table: Array | None, seq_k: int) -> list[Array]:
@@ -115,7 +129,8 @@ def check_blocks(table: Array, lengths: Array, blocks: Array) -> None:
     bad = np.argwhere(used & ((table < 0) | (table >= len(blocks))))
     if len(bad):
         b, j = bad[0]
-        wanted = f"a block from 0 to {len(blocks) - 1} was wanted, as sequence {b} has {lengths[b]} keys"
+        there = f"a block from 0 to {len(blocks) - 1}" if len(blocks) else "one of no blocks"
+        wanted = f"{there} was wanted, as sequence {b} has {lengths[b]} keys"
         fix = f"give it {count(-(-int(lengths[b]) // rows), 'block')} of {rows} rows"
         fail(ValueError, ATTENTION, f"block_table[{b}, {j}] is {table[b, j]}", wanted, fix)
 

@@ -51,8 +51,13 @@ class Settings(NamedTuple):
 
     kind: str
     base: float
-    dim: int
+    dim: int  # odd where partial_rotary_factor says so: the last pair is whole, as in transformers
     given: dict[str, Any]  # without keys that are None
+
+    @property
+    def pairs(self) -> int:
+        """Of elements that are turned."""
+        return (self.dim + 1) // 2
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0, which every number in these dicts must be."""
@@ -70,12 +75,12 @@ class Settings(NamedTuple):
 
     def factors(self, key: str) -> Array:
         """One number above 0 for each pair."""
-        wanted, fix = f"{self.dim // 2} numbers above 0 were wanted, one for each pair", "pass it as config.json has it"
+        wanted, fix = f"{self.pairs} numbers above 0 were wanted, one for each pair", "pass it as config.json has it"
         try:
             numbers = np.asarray(self.given[key], np.float64)
         except (TypeError, ValueError):
             fail(TypeError, CALL, f"scaling[{key!r}] is {kind(self.given[key])}", wanted, fix)
-        if numbers.shape != (self.dim // 2,):
+        if numbers.shape != (self.pairs,):
             fail(ValueError, CALL, f"scaling[{key!r}] has shape {numbers.shape}", wanted, fix)
         if not (np.isfinite(numbers) & (numbers > 0)).all():
             fail(ValueError, CALL, f"scaling[{key!r}] has {numbers.min()}", wanted, fix)
@@ -118,7 +123,11 @@ def _flat(scaling: Any) -> dict[str, Any]:
         wanted = f"known are {', '.join([*COMMON, *sorted(SCALED - {*COMMON})])}"
         fix = "leave out what does not change the rotation; what does is not implemented"
         fail(ValueError, CALL, f"scaling has {', '.join(unknown)}", wanted, fix)
-    return {key: setting for key, setting in scaling.items() if setting is not None}
+    return {
+        key: setting
+        for key, setting in scaling.items()
+        if setting is not None and (key not in ("beta_fast", "beta_slow") or setting)
+    }  # 0 is the default there
 
 
 def _rope_type(given: dict[str, Any]) -> str:
@@ -172,6 +181,8 @@ def _rotary_dim(head_dim: int, rotary_dim: Any, given: Mapping[str, Any]) -> int
             wanted = "one of them was wanted, or the same twice"
             fail(ValueError, CALL, f"rotary_dim is {dim} and {came}", wanted, f"leave {name} out")
         came = f"rotary_dim is {dim}"
+    if rotary_dim is None and 0 < dim < head_dim:
+        return dim
     if not _fits(dim, head_dim):
         near = " or ".join(str(even) for even in range(dim - 1, dim + 3) if _fits(even, head_dim))
         fix = f"pass rotary_dim={near or head_dim - head_dim % 2}"
@@ -206,8 +217,13 @@ def frequencies(settings: Settings) -> Frequencies | ByLength:
 
 def _plain(base: float, dim: int) -> Array:
     """base ** (-2 i / dim) of pair i."""
+    try:
+        doubled = np.arange(0, dim, 2)
+    except (MemoryError, ValueError, OverflowError):  # the latter two beyond what can be addressed
+        wanted = "a table of frequencies that memory can hold was wanted"
+        fail(MemoryError, CALL, f"rotary_dim is {dim}", wanted, "pass a smaller head_dim or rotary_dim")
     with np.errstate(over="ignore"):
-        return np.asarray(1.0 / base ** (np.arange(0, dim, 2) / dim))
+        return np.asarray(1.0 / base ** (doubled / dim))
 
 
 def _as_table(numbers: Array, scale: float = 1.0) -> Frequencies:
@@ -258,7 +274,7 @@ def _yarn(s: Settings) -> Frequencies:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, s.dim - 1)
     high += 0.001 if low == high else 0  # as transformers does, against a division by 0
-    ramp = ((np.arange(s.dim // 2) - low) / (high - low)).clip(0, 1)
+    ramp = ((np.arange(s.pairs) - low) / (high - low)).clip(0, 1)
     plain = _plain(s.base, s.dim)
     return _as_table(plain / factor * ramp + plain * (1 - ramp), _yarn_scale(s, factor))
 

@@ -3,65 +3,19 @@
 C writes new rows in place and finds each key again; here are lengths, and what is said when something does not fit.
 """
 
-import math
+import copy
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import _core
-from ._arguments import as_array, as_dtype, as_flag, as_int
+from ._arguments import as_flag, as_int
+from ._cache_arguments import as_cache_dtype, as_counts, as_rows, make_store
 from ._cached import Cached, attend_cached
-from ._messages import Array, count, fail, fits, native, shapes
+from ._checks import check_dtype
+from ._messages import Array, count, fail, fits, shapes
 from ._rules import as_integers, as_window
-
-DTYPES = ("float32", "float16", "bfloat16", "int8")
-
-
-def as_cache_dtype(call: str, thing: Any) -> np.dtype[Any]:
-    """One of the types that a cache can hold."""
-    dtype = native(as_dtype(call, "dtype", thing))
-    if dtype.name not in DTYPES:
-        wanted = f"one of {', '.join(DTYPES)} was wanted"
-        fail(TypeError, call, f"dtype is {dtype}", wanted, 'pass dtype="float32"; what is appended is cast to it')
-    return dtype
-
-
-def make_store(call: str, came: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
-    """Rows (..., D), and their scales if the dtype needs them; ``came`` names the argument that makes them so many."""
-    try:
-        return np.zeros(shape, dtype), np.zeros(shape[:-1], np.float32) if dtype == np.int8 else None
-    except (MemoryError, ValueError, OverflowError):  # the latter two beyond what can be addressed
-        wanted = f"an array {shape} of {math.prod(shape) * dtype.itemsize:,} bytes was wanted, and memory has no room"
-        fail(MemoryError, call, came, wanted, "pass a smaller number")
-
-
-def as_rows(call: str, name: str, thing: Any, batch: int, num_heads: int, width: int) -> Array:
-    """New rows (B, Hkv, S, D); leading dimensions broadcast."""
-    array = as_array(call, name, thing)
-    wanted = (batch, num_heads, array.shape[-2] if array.ndim > 1 else 1, width)
-    if array.shape == wanted:
-        return array
-    if array.ndim < 3 or not fits(array.shape, wanted) or array.shape[-3::2] != wanted[-3::2]:
-        text = f"({batch}, {num_heads}, rows, {width}) was wanted"
-        fail(ValueError, call, f"{name} has shape {array.shape}", text, "pass it as (batch, heads, rows, head_dim)")
-    return np.broadcast_to(array, wanted)
-
-
-def as_counts(call: str, thing: Any, batch: int, rows: int) -> Array:
-    """How many of the new rows each sequence gets; all when None."""
-    if thing is None:
-        counts = np.empty(batch, np.int64)  # as np.full in half its time, once a token
-        counts.fill(rows)
-        return counts
-    counts = as_integers(call, "lengths", thing)
-    if not fits(counts.shape, (batch,)):
-        wanted = f"one length for each sequence, ({batch},), was wanted"
-        fail(ValueError, call, f"lengths has shape {counts.shape}", wanted, "count the new rows of each sequence")
-    if counts.size and not 0 <= counts.min() <= counts.max() <= rows:
-        wanted = f"from 0 to {rows}, the rows of key, was wanted"
-        fail(ValueError, call, f"lengths is {counts.tolist()}", wanted, "count the new rows of each sequence")
-    return np.broadcast_to(counts, (batch,)).copy()
 
 
 class KVCache:
@@ -80,11 +34,12 @@ class KVCache:
         infinity becomes NaN as a whole, for the rows that attend to it and for no other.
     v_head_dim : int, optional
         Length of a value. Default `head_dim`.
-    window : int or (int, int or None), optional
-        W, or (W - 1, right): a row sees the last W keys up to its own, as Mistral's sliding_window says. Older ones
-        are overwritten, in a ring of W slots, and any number of tokens can be appended. A chunk of S > 1 new rows
-        makes the ring W - 1 + S slots long, so that its first row finds its keys; never longer than `capacity`.
-        A capacity below W is no ring: it fills up as without a window.
+    window : int or (int or None, int or None), optional
+        W, or (W - 1, right): a row sees the last W keys up to its own, as Mistral's sliding_window says, and at most
+        `right` after it, all of them where that is None and is_causal False. Older ones are overwritten, in a ring of
+        W slots, and any number of tokens can be appended. A chunk of S > 1 new rows makes the ring W - 1 + S slots
+        long until the next `reset`, so that its first row finds its keys; never longer than `capacity`. A capacity
+        below W is no ring: it fills up as without a window.
 
     Raises
     ------
@@ -128,8 +83,10 @@ class KVCache:
         self.v_head_dim = self.head_dim if v_head_dim is None else as_int(call, "v_head_dim", v_head_dim, 1)
         self.capacity = as_int(call, "capacity", capacity, 1)
         self.dtype = as_cache_dtype(call, dtype)
-        self.window = _as_width(call, window)
-        self._store(call, self.capacity if self.window is None else min(self.window, self.capacity))
+        self._bounds = _as_bounds(call, window)
+        self.window = None if self._bounds[0] is None else self._bounds[0] + 1
+        self._is_ring = self.window is not None and self.window <= self.capacity
+        self._adopt(self._new_arrays(call, self._fewest_slots()))
         self.reset()
 
     # ---- what is in it ----
@@ -179,7 +136,8 @@ class KVCache:
 
     def __repr__(self) -> str:
         extra = "" if self.v_head_dim == self.head_dim else f", v_head_dim={self.v_head_dim}"
-        extra += "" if self.window is None else f", window={self.window}"
+        bounds = self.window if self._bounds[1] is None else self._bounds
+        extra += "" if bounds is None else f", window={bounds}"
         extra += f", lengths={self._lengths.tolist()}" + (", frozen" if self._frozen else "")
         sizes = f"{self.batch}, {self.num_kv_heads}, {self.head_dim}, capacity={self.capacity}"
         return f"KVCache({sizes}, dtype={self.dtype.name!r}{extra})"
@@ -212,17 +170,24 @@ class KVCache:
         if value.shape[2] != rows:
             wanted = f"each key needs its value ({shapes(key=key, value=value)})"
             fail(ValueError, call, f"value has {count(value.shape[2], 'row')} but key has {rows}", wanted, "pass both")
+        if key.base is not None or value.base is not None:
+            key, value = self._apart(key), self._apart(value)
         counts = as_counts(call, lengths, self.batch, rows)
-        after = self._lengths + counts
+        before, after = self._lengths, self._lengths + counts
         longest = max(after.tolist(), default=0)
         if self._is_ring:
-            self._widen_ring(rows)
+            self._widen_ring(key, value, max(counts.tolist(), default=0))
         elif longest > self.capacity:
             self._explain_full(call, after)
-        _core.cache_append(*self._arrays_or_none(), None, key, value, self._lengths, counts)
-        self._set_lengths(after, longest)
-        if self._is_ring:
-            self._oldest = np.maximum(self._oldest, after - self._slots)
+        oldest, lost = self._oldest, False
+        try:
+            self._set_lengths(after, longest, np.maximum(oldest, after - self._slots) if self._is_ring else oldest)
+            lost = longest > self._slots  # from here on: C does not stop where it writes over older keys
+            _core.cache_append(*self._arrays_or_none(), None, key, value, before, counts)
+        except BaseException as error:
+            if not (lost and isinstance(error, KeyboardInterrupt)):  # which came when all was written
+                self._set_lengths(before, None, oldest)
+            raise
 
     def attend(self, query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
         """Attention of the query rows to all that is cached; the last row belongs to the last key.
@@ -250,7 +215,7 @@ class KVCache:
         TypeError
             A dtype, a causal_alignment or kv_lengths, which a cache knows, or a rule that does not exist.
         """
-        if self.window is not None:
+        if self._bounds != (None, None):
             rules = self._with_window(query, rules)
         return attend_cached("KVCache.attend", self._cached, query, is_causal, rules)
 
@@ -268,18 +233,20 @@ class KVCache:
             wanted = f"a number of tokens, at least 0, or one for each of {self.batch} sequences was wanted"
             fail(ValueError, call, f"n is {most.tolist()}", wanted, "pass how many tokens to keep")
         after = np.minimum(self._lengths, most)
-        changed = after < self._lengths
+        changed = (after < self._lengths) & (after > 0)
         if self.window is not None and (changed & (self._oldest > np.maximum(0, after - self.window))).any():
             came = f"n is {most.tolist()} for lengths {self._lengths.tolist()}"
             wanted = f"the {self.window} keys before n were wanted, and those before {self._oldest.tolist()} are gone"
             fail(ValueError, call, came, wanted, "append what may be cropped in one call, which makes the ring longer")
-        self._set_lengths(after)
+        self._set_lengths(after, None, np.where(after > 0, self._oldest, 0))
 
     def reset(self) -> None:
-        """Empty the cache, and thaw it."""
+        """Empty the cache, and thaw it. A ring that a long chunk has made longer is a window long again."""
         self._frozen = False
-        self._oldest = np.zeros(self.batch, np.int64)  # the lengths as well: neither is written to
-        self._set_lengths(self._oldest, 0)
+        if self._slots > self._fewest_slots():
+            self._adopt(self._new_arrays("KVCache.reset", self._fewest_slots()))
+        nothing = np.zeros(self.batch, np.int64)  # lengths and oldest: neither is written to
+        self._set_lengths(nothing, 0, nothing)
 
     def reorder(self, index: ArrayLike) -> None:
         """Sequence b becomes what sequence index[b] was, as beam search wants; any may be taken more than once.
@@ -297,18 +264,33 @@ class KVCache:
         used = min(self._longest, self._slots)
         for array in self._arrays():
             array[moved, :, :used] = array[source[moved], :, :used]
-        self._set_lengths(self._lengths[source])
-        self._oldest = self._oldest[source]
+        self._set_lengths(self._lengths[source], None, self._oldest[source])
+
+    def __copy__(self) -> "KVCache":
+        """As deepcopy: two caches over the same memory would write over each other's rows."""
+        return copy.deepcopy(self)
 
     # ---- how it lies ----
 
-    def _store(self, call: str, slots: int) -> None:
-        """New arrays of so many slots a sequence."""
-        shape, came = (self.batch, self.num_kv_heads, slots), f"capacity is {self.capacity}"
-        keys, key_scales = make_store(call, came, (*shape, self.head_dim), self.dtype)
-        values, value_scales = make_store(call, came, (*shape, self.v_head_dim), self.dtype)
-        self._slots = slots
-        self._keys, self._values, self._key_scales, self._value_scales = keys, values, key_scales, value_scales
+    def _fewest_slots(self) -> int:
+        return self.capacity if self.window is None else min(self.window, self.capacity)
+
+    def _new_arrays(self, call: str, slots: int) -> tuple[Array, Array, Array | None, Array | None]:
+        """Keys, values and their scales, of so many slots a sequence."""
+        what = "capacity" if slots == self.capacity else "window"
+        sizes = {"batch": self.batch, "num_kv_heads": self.num_kv_heads, what: slots}
+        shape, width = tuple(sizes.values()), self.v_head_dim
+        keys, key_scales = make_store(call, (*shape, self.head_dim), self.dtype, **sizes, head_dim=self.head_dim)
+        values, value_scales = make_store(call, (*shape, width), self.dtype, **sizes, v_head_dim=width)
+        return keys, values, key_scales, value_scales
+
+    def _adopt(self, arrays: tuple[Array, Array, Array | None, Array | None]) -> None:
+        self._keys, self._values, self._key_scales, self._value_scales = arrays
+        self._slots = self._keys.shape[2]
+
+    def _apart(self, rows: Array) -> Array:
+        """A copy where they may lie in the cache's own memory, as `keys` does: C writes there."""
+        return rows.copy() if any(np.may_share_memory(rows, array) for array in self._arrays()) else rows
 
     def _arrays_or_none(self) -> tuple[Array, Array, Array | None, Array | None]:
         return self._keys, self._values, self._key_scales, self._value_scales
@@ -316,15 +298,11 @@ class KVCache:
     def _arrays(self) -> list[Array]:
         return [array for array in self._arrays_or_none() if array is not None]
 
-    def _set_lengths(self, lengths: Array, longest: int | None = None) -> None:
-        """A new array each time: C may be reading the old one. `longest` is the largest, where that is known."""
-        self._lengths = lengths
+    def _set_lengths(self, lengths: Array, longest: int | None, oldest: Array) -> None:
+        """New arrays each time: C may be reading the old ones. `longest` is the largest, where that is known."""
+        self._lengths, self._oldest = lengths, oldest
         self._longest = longest if longest is not None else max(lengths.tolist(), default=0)
         self._cached = Cached(*self._arrays_or_none(), None, lengths, self._longest)
-
-    @property
-    def _is_ring(self) -> bool:
-        return self.window is not None and self.window <= self.capacity
 
     def _explain_full(self, call: str, after: Array) -> NoReturn:
         """Says whose length would be more than the capacity."""
@@ -333,17 +311,20 @@ class KVCache:
         wanted = f"room for {after[b] - self._lengths[b]} more was wanted, {after[b]} in all"
         fail(ValueError, call, came, wanted, f"make it with capacity={after[b]} or more, or crop or reset it")
 
-    def _widen_ring(self, rows: int) -> None:
+    def _widen_ring(self, key: Array, value: Array, rows: int) -> None:
         """Room for a chunk and the window before its first row; keys move to their slots of the longer ring."""
-        slots = min(self.capacity, (self.window or 0) - 1 + rows)
+        call, slots = "KVCache.append", min(self.capacity, (self.window or 0) - 1 + rows)
         if slots <= self._slots:
             return
-        before, old = self._arrays(), self._slots
-        self._store("KVCache.append", slots)
+        check_dtype("key", key, call)  # before anything changes
+        check_dtype("value", value, call)
+        longer = self._new_arrays(call, slots)
         for b, length in enumerate(self._lengths.tolist()):
-            kept = np.arange(max(0, length - old), length)
-            for source, target in zip(before, self._arrays(), strict=True):
-                target[b][:, kept % slots] = source[b][:, kept % old]
+            kept = np.arange(max(0, length - self._slots), length)
+            for source, target in zip(self._arrays_or_none(), longer, strict=True):
+                if source is not None and target is not None:
+                    target[b][:, kept % slots] = source[b][:, kept % self._slots]
+        self._adopt(longer)
 
     def _filled(self, array: Array) -> Array:
         if not self._is_ring:
@@ -359,15 +340,15 @@ class KVCache:
 
     def _with_window(self, query: Any, rules: dict[str, Any]) -> dict[str, Any]:
         """The rules with this cache's window, which nobody may widen; refuses rows whose keys are gone."""
-        call, left = "KVCache.attend", (self.window or 0) - 1
-        asked = (left, None) if rules.get("window") is None else as_window(call, rules["window"])
-        if self._is_ring and (asked[0] is None or asked[0] > left):
-            wanted = f"at most the cache's own, ({left}, None), was wanted, as older keys are gone"
+        call, most = "KVCache.attend", self.window or 0
+        asked = self._bounds if rules.get("window") is None else as_window(call, rules["window"])
+        if self._is_ring and (asked[0] is None or asked[0] >= most):
+            wanted = f"at most the cache's own, {self._bounds}, was wanted, as older keys are gone"
             fail(ValueError, call, f"window is {rules['window']}", wanted, "leave it out")
         if self._is_ring and rules.get("key_positions") is not None:
             fail(ValueError, call, "key_positions is given", "a ring counts its keys itself", "leave it out")
         if self._is_ring and self._oldest.any():
-            self._check_reach(query, rules, left if asked[0] is None else asked[0])
+            self._check_reach(query, rules, asked[0] or 0)
         return rules | {"window": asked}
 
     def _check_reach(self, query: Any, rules: dict[str, Any], left: int) -> None:
@@ -385,11 +366,10 @@ class KVCache:
             fail(ValueError, call, came, wanted, fix)
 
 
-def _as_width(call: str, window: Any) -> int | None:
-    """How many keys a row sees; None is all."""
+def _as_bounds(call: str, window: Any) -> tuple[int | None, int | None]:
+    """How many keys before and after its own a row sees; None is all."""
     if window is None:
-        return None
-    if isinstance(window, (tuple, list)):
-        left = as_window(call, window)[0]
-        return None if left is None else left + 1
-    return as_int(call, "window", window, 1)
+        return None, None
+    if isinstance(window, (tuple, list, np.ndarray)):
+        return as_window(call, window)
+    return as_int(call, "window", window, 1) - 1, None

@@ -3,7 +3,10 @@
 :func:`paged_attention` takes the caller's blocks; :class:`PagedKVCache` owns blocks and shares them among sequences.
 """
 
+import copy
+import operator
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,11 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _core
 from ._arguments import as_array, as_index, as_int
 from ._blocks import Blocks, Sequence, block_table
+from ._cache_arguments import as_cache_dtype, as_counts, as_rows, make_store
 from ._cached import Cached, attend_cached
 from ._checks import check_dtype, check_same_precision
 from ._messages import Array, count, fail, fits, kind, shapes
 from ._rules import as_integers
-from .cache import as_cache_dtype, as_counts, as_rows, make_store
 
 _WHICH = "pass what new_sequence or fork gave"
 
@@ -223,16 +226,16 @@ class PagedKVCache:
         if new[0].shape != new[1].shape:
             wanted = f"one shape was wanted ({shapes(key=new[0], value=new[1])})"
             fail(ValueError, call, "value differs from key", wanted, "pass the rows of both")
-        counts = as_counts(call, lengths, len(sequences), new[0].shape[2])
+        counts, before = as_counts(call, lengths, len(sequences), new[0].shape[2]), _lengths_of(sequences)
         try:
             self._take_blocks(call, sequences, counts.tolist())
-            table, before = block_table(sequences), _lengths_of(sequences)
-            _core.cache_append(*self._stores(), table, new[0], new[1], before, counts)
-            for sequence, more in zip(sequences, counts.tolist(), strict=True):
-                sequence.length += more
+            _core.cache_append(*self._stores(), block_table(sequences), new[0], new[1], before, counts)
+            for sequence, length in zip(sequences, (before + counts).tolist(), strict=True):
+                sequence.length = length
         except BaseException:  # Ctrl-C too
-            for sequence in sequences:
-                self._shrink(sequence, -(-sequence.length // self.block_size))
+            for sequence, length in zip(sequences, before.tolist(), strict=True):
+                sequence.length = length
+                self._shrink(sequence, -(-length // self.block_size))
             raise
 
     def attend(self, ids: int | Iterable[int], query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
@@ -251,12 +254,16 @@ class PagedKVCache:
         cached = Cached(*self._stores(), block_table(sequences), lengths, max(lengths.tolist(), default=0))
         return attend_cached(call, cached, query, is_causal, rules)
 
+    def __copy__(self) -> "PagedKVCache":
+        """As deepcopy: two caches over the same blocks would give them away twice."""
+        return copy.deepcopy(self)
+
     # ---- blocks ----
 
     def _make_blocks(self) -> tuple[Array, Array | None]:
         """Blocks (N, Hkv, rows, D), where a head's rows of the next block follow at once: a long stream to read."""
-        shape = (self.num_kv_heads, self.num_blocks, self.block_size, self.head_dim)
-        rows, scales = make_store("PagedKVCache", f"num_blocks is {self.num_blocks}", shape, self.dtype)
+        sizes = {name: getattr(self, name) for name in ("num_kv_heads", "num_blocks", "block_size", "head_dim")}
+        rows, scales = make_store("PagedKVCache", tuple(sizes.values()), self.dtype, **sizes)
         return rows.swapaxes(0, 1), None if scales is None else scales.swapaxes(0, 1)
 
     def _stores(self) -> tuple[Array, Array, Array | None, Array | None]:
@@ -328,10 +335,10 @@ def _as_ids(call: str, ids: Any) -> list[int]:
     """One id or several."""
     if type(ids) is list and set(map(type, ids)) == {int}:  # as in each step of decoding
         return ids
-    if isinstance(ids, np.ndarray) and ids.ndim == 0:
-        ids = ids[()]
-    if isinstance(ids, (int, np.integer)) and not isinstance(ids, bool):
-        return [int(ids)]
-    if isinstance(ids, (str, bytes, bool)) or not isinstance(ids, Iterable):
+    odd = isinstance(ids, (str, bytes, bool, np.bool_))
+    if not odd:
+        with suppress(TypeError):
+            return [operator.index(ids)]
+    if odd or not isinstance(ids, Iterable):
         fail(TypeError, call, f"ids is {kind(ids)}", "the id of a sequence, or several, was wanted", _WHICH)
     return [as_index(call, "ids", number, _WHICH) for number in ids]

@@ -96,10 +96,14 @@ class RotaryEmbedding:
         self.head_dim = as_int(CALL, "head_dim", head_dim, 2)
         self.interleaved = as_flag(CALL, "interleaved", interleaved)
         settings = read_settings(self.head_dim, base, rotary_dim, scaling, max_position_embeddings)
-        self.base, self.rotary_dim = settings.base, settings.dim
+        self.base, self.rotary_dim = settings.base, 2 * settings.pairs
         self.scaling = None if scaling is None else dict(scaling)
         self.max_position_embeddings: int | None = settings.given.get("max_position_embeddings")
-        options: dict[str, Any] = {"base": base, "rotary_dim": rotary_dim, "interleaved": self.interleaved or None}
+        options: dict[str, Any] = {
+            "base": None if base is None else settings.base,
+            "rotary_dim": rotary_dim,
+            "interleaved": self.interleaved or None,
+        }
         options |= {"scaling": self.scaling, "max_position_embeddings": max_position_embeddings}
         self._options = {name: setting for name, setting in options.items() if setting is not None}
         self._frequencies = frequencies(settings)

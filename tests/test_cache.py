@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
+import pickle
+import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,7 @@ from rules import dtype_of
 from test_guard import guarded
 
 import gqa_ext
-from gqa_ext import KVCache, get_alibi_slopes
+from gqa_ext import KVCache, PagedKVCache, get_alibi_slopes
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -226,7 +231,7 @@ ROW = np.ones((2, 2, 1, 8), np.float32)
         (lambda c: c.append(ROW, ROW, [2, 0]), ValueError, "lengths is"),
         (lambda c: c.append(ROW, ROW, [1, 1, 1]), ValueError, "lengths has shape"),
         (lambda c: c.append(ROW, ROW, [0.5, 1]), TypeError, "integers"),
-        (lambda c: c.attend(np.ones((2, 4, 1, 9), np.float32)), ValueError, "head_dim 8 but query has 9"),
+        (lambda c: c.attend(np.ones((2, 4, 1, 9), np.float32)), ValueError, "query has head_dim 9; 8 was wanted"),
         (lambda c: c.attend(np.ones((2, 3, 1, 8), np.float32)), ValueError, "query heads must be a multiple"),
         (lambda c: c.attend(np.ones((3, 4, 1, 8), np.float32)), ValueError, "batch"),
         (lambda c: c.attend(np.ones((2, 4, 1, 8))), TypeError, "query has dtype float64; float16, bfloat16 or float32 "
@@ -273,10 +278,95 @@ def test_a_result_that_no_memory_holds() -> None:
         ({"dtype": "int16"}, TypeError, "int16"), ({"window": 0}, ValueError, "window"),
         ({"window": (-1, 0)}, ValueError, "window"), ({"num_kv_heads": 0}, ValueError, "num_kv_heads"),
         *(({"capacity": number}, MemoryError, rf"^KVCache\(\): capacity is {number}; an array \(1, 2, {number}, 8\) of "
-           ".* bytes was wanted, and memory has no room: pass a smaller number") for number in (2**50, 10**20)),
+           ".* bytes was wanted, and memory has no room: pass a smaller capacity") for number in (2**50, 10**20)),
     ],
 )  # fmt: skip
 def test_constructor_errors(change: dict[str, Any], error: type[Exception], words: str) -> None:
     arguments = {"batch": 1, "num_kv_heads": 2, "head_dim": 8, "capacity": 4} | change
     with pytest.raises(error, match=words):
         KVCache(**arguments)
+
+
+def test_rows_of_the_cache_itself() -> None:
+    """As NumPy's own assignment: rows that lie where C writes are read first."""
+    cache, key = KVCache(1, 1, 2, capacity=8), np.arange(8.0).reshape(1, 1, 4, 2)
+    cache.append(key, -key)
+    keys, values = cache.keys, cache.values
+    cache.crop(2)
+    cache.append(keys[:, :, 1:3], values[:, :, 1:3])
+    assert (cache.keys[0, 0] == key[0, 0, [0, 1, 1, 2]]).all()
+    assert (cache.values[0, 0] == -key[0, 0, [0, 1, 1, 2]]).all()
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_is_a_cache_of_its_own(make: Any) -> None:
+    new, other = rows(0, 1, 2, 3, 8), rows(1, 1, 2, 3, 8)
+    cache = KVCache(1, 2, 8, capacity=9, dtype="int8")
+    paged = PagedKVCache(9, 2, 2, 8)
+    number = paged.new_sequence()
+    cache.append(new, new)
+    paged.append(number, new, new)
+    twin, paged_twin, query = make(cache), make(paged), rows(2, 1, 4, 1, 8)
+    cache.append(new, new)
+    paged.append(number, new, new)
+    twin.append(other, other)
+    paged_twin.append(number, other, other)
+    assert not (cache.attend(query) == twin.attend(query)).any()
+    same(paged.attend(number, query), dense(query, *[np.concatenate([new, new], 2)] * 2))
+    same(paged_twin.attend(number, query), dense(query, *[np.concatenate([new, other], 2)] * 2))
+    assert paged.new_sequence() == paged_twin.new_sequence() == number + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: KVCache(10**12, 2, 8, capacity=4), MemoryError, "batch is 1000000000000; .* pass a smaller batch"),
+        (lambda: KVCache(1, 2, 10**14, capacity=4), MemoryError, "head_dim is 10{14}; .* pass a smaller head_dim"),
+        (lambda: KVCache(1, 2, 8, capacity=4, v_head_dim=10**14), MemoryError, "v_head_dim is 10{14}; "),
+        (lambda: PagedKVCache(4, 10**12, 2, 8), MemoryError, "block_size is 10{12}; "),
+        (lambda: KVCache(1, 2, 8, capacity=4, dtype="fp16"), TypeError, '"int8"'),
+    ],
+)
+def test_what_is_too_much(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": np.ones((1, 4, 1, 5), np.float32)}, r"query has head_dim 5; 8 was wanted, as the cache's keys have "
+         r"it \(query \(1, 4, 1, 5\)\): pass \(\.\.\., rows, 8\)"),
+        ({"query": np.ones((1, 3, 1, 8), np.float32)}, "query has 3 heads; query heads must be a multiple of the 2 key "
+         r"heads of the cache \(.*\): pass query with 2, 4 or another"),
+        ({"scale": 1e-40}, "multiply query by it in float64, cast that back, and pass scale=1.0"),
+    ],
+)  # fmt: skip
+def test_advice_beside_a_cache_speaks_of_what_is_there(change: dict[str, Any], words: str) -> None:
+    """The caller has no key to turn or to widen; 5 keys are no head_dim."""
+    cache, new = KVCache(1, 2, 8, capacity=9), np.ones((1, 2, 5, 8), np.float32)
+    paged = PagedKVCache(9, 2, 2, 8)
+    number = paged.new_sequence()
+    cache.append(new, new)
+    paged.append(number, new, new)
+    arguments = {"query": np.ones((1, 4, 1, 8), np.float32)} | change
+    for call in (cache.attend, lambda **more: paged.attend(number, **more)):
+        with pytest.raises(ValueError, match=words):
+            call(**arguments)
+    masked = np.ma.ones((1, 2, 1, 8))
+    with pytest.raises(TypeError, match=r"pass key\.filled\(\.\.\.\)$"):
+        cache.append(masked, new)
+    with pytest.raises(TypeError, match=r"as in lengths\.sum\(-1\)$"):
+        cache.append(new, new, [True])
+
+
+def test_a_long_append_stops_for_ctrl_c_and_changes_nothing() -> None:
+    cache = KVCache(1, 1, 1, capacity=2**24, dtype="int8")
+    new = np.broadcast_to(np.float32(1), (1, 1, 2**24, 1))
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(new, new)
+    assert cache.lengths.tolist() == [0]
+    cache.append(new[:, :, :3], new[:, :, :3])
+    np.testing.assert_allclose(cache.attend(np.ones((1, 1, 1, 1), np.float32)), 1, rtol=1e-6)

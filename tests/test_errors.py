@@ -89,7 +89,7 @@ SHAPES = [
     (
         {"scale": 1e39},
         "scale is 1e+39; 0 or a size from 1.18e-38 to 3.4e+38 was wanted, as scores are made in float32",
-        "pass float64 arrays, or multiply query by it in float64 and pass scale=1.0",
+        "pass float64 arrays, or multiply query by it in float64, cast that back, and pass scale=1.0",
     ),
     ({"scale": -1e-39, "query": QUERY.astype(ml_dtypes.bfloat16)}, "scale is -1e-39; 0 or a size", "pass scale=1.0"),
     ({"scale": 5e-324}, "scale is 5e-324; 0 or a size", "pass scale=1.0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -286,6 +286,19 @@ def test_ids() -> None:
     assert cache.nbytes == 3 * 4 * 8 * 2 * 4
 
 
+class ZeroDimensional:
+    """An integer that seems to have items, as a tensor of PyTorch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __index__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("iteration over a 0-d tensor")
+
+
 def test_ids_of_any_kind() -> None:
     """One or several, ints or NumPy's, in a list, an array or an iterator: used up once."""
     twin = Twin(20, 4)
@@ -295,7 +308,7 @@ def test_ids_of_any_kind() -> None:
     wanted = cache.attend(ids, query)
     for same_ids in (tuple(ids), np.array(ids), iter(ids), map(np.int32, ids), dict.fromkeys(ids)):
         same(cache.attend(same_ids, query), wanted)
-    for one in (ids[0], np.int8(ids[0]), np.array(ids[0]), [ids[0]], iter(ids[:1])):
+    for one in (ids[0], np.int8(ids[0]), np.array(ids[0]), [ids[0]], iter(ids[:1]), ZeroDimensional(ids[0])):
         same(cache.attend(one, query[:1]), wanted[:1])
     assert cache.attend([], query[:0]).shape == (0, 4, 1, 8)
     new = np.ones((2, 2, 1, 8))

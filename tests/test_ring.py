@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from caches import agrees, dense, rows, same
 
-from gqa_ext import KVCache, get_alibi_slopes
+from gqa_ext import KVCache, _core, get_alibi_slopes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -123,3 +125,84 @@ def test_crop_and_reorder_in_a_ring() -> None:
     for array, new in zip(twice, (key, value), strict=True):
         array[:, :, 11] = new[:, :, 30]
     same(cache.attend(query), dense(query, *twice, kv_lengths=[12, 12], **rules))
+
+
+def test_bounds_of_a_window_are_both_kept(isa: str) -> None:
+    """(left, right), without a ring where left is open; a call may narrow them."""
+    key, value, query = rows(1, 2, 1, 6, 8), rows(2, 2, 1, 6, 8), rows(0, 2, 2, 3, 8)
+    narrow = dense(query, key, value, window=(1, 0), is_causal=True)
+    for window in ((3, 1), (3, 0), (None, 1), (None, 0)):
+        cache = KVCache(2, 1, 8, capacity=20, window=window)
+        cache.append(key, value)
+        got = cache.attend(query, is_causal=False, return_lse=True)
+        agrees(got, query, key, value, isa, window=window, query_positions=np.arange(3, 6))
+        assert repr(cache) == f"KVCache(2, 1, 8, capacity=20, dtype='float32', window={window}, lengths=[6, 6])"
+        same(cache.attend(query, window=(1, 0)), narrow)
+
+
+def test_a_sequence_of_a_ring_begins_again() -> None:
+    cache = KVCache(2, 1, 8, capacity=64, window=4)
+    for t in range(9):
+        cache.append(rows(t, 2, 1, 1, 8), rows(t, 2, 1, 1, 8))
+    cache.crop([0, 9])
+    new = rows(20, 2, 1, 3, 8)
+    cache.append(new, new, [3, 0])
+    fresh = KVCache(1, 1, 8, capacity=64, window=4)
+    fresh.append(new[:1], new[:1])
+    query = rows(0, 2, 2, 1, 8)
+    same(cache.attend(query)[:1], fresh.attend(query[:1]))
+    assert cache.lengths.tolist() == [3, 9]
+    cache.crop(0)
+    assert cache.lengths.tolist() == [0, 0]
+    for _ in range(9):
+        cache.append(new[:, :, :1], new[:, :, :1])
+    with pytest.raises(ValueError, match="are gone"):
+        cache.crop(2)
+
+
+def test_a_ring_is_as_long_as_it_must_be() -> None:
+    cache, new = KVCache(1, 1, 8, capacity=100, window=4), rows(0, 1, 1, 50, 8)
+    few = cache.nbytes
+    with pytest.raises(TypeError, match=r"^KVCache.append\(\): key has dtype int64"):
+        cache.append(new.astype(int), new)
+    with pytest.raises(TypeError, match=r"^KVCache.append\(\): value has dtype int64"):
+        cache.append(new, new.astype(int))
+    cache.append(new, new, 0)
+    cache.append(new, new, 1)
+    assert cache.nbytes == few
+    cache.append(new, new)
+    assert cache.nbytes > few
+    cache.reset()
+    assert cache.nbytes == few
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_ctrl_c_when_rows_have_been_written(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python hears of it as C comes back: either all happened or nothing, and the cache says which."""
+    cache, twin = (KVCache(1, 1, 8, capacity=100, window=window) for _ in range(2))
+    old, new, query = rows(0, 1, 1, 45, 8), rows(1, 1, 1, 5, 8), rows(2, 1, 2, 1, 8)
+    for each in (cache, twin):
+        each.append(old, old)
+    append = _core.cache_append
+
+    def interrupted(*arguments: Any) -> None:
+        append(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "cache_append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.append(new, new)
+    if cache.lengths[0] == 50:
+        twin.append(new, new)
+    same(cache.attend(query), twin.attend(query))
+    assert (cache.keys == twin.keys).all()
+    for each in (cache, twin):
+        each.append(new, new)
+    same(cache.attend(query), twin.attend(query))
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "cache_append", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.append(new, new)
+    same(cache.attend(query), twin.attend(query))
+    assert cache.lengths.tolist() == twin.lengths.tolist()

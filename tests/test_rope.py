@@ -47,6 +47,9 @@ SCALINGS: dict[str, tuple[dict[str, Any], int]] = {  # the dict, and max_positio
     "llama3, original from the model": (
         {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0}, 1024),
     "half of the head": ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, 2048),
+    "an odd share": ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.35}, 2048),
+    "an odd share, dynamic": ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.35}, 2048),
+    "yarn, 0 for the default": (YARN | {"beta_fast": 0, "beta_slow": 0}, 32_768),
 }  # fmt: skip
 
 

@@ -53,7 +53,10 @@ CONSTRUCTORS = [
     (TypeError, r"scaling is 'linear', a str", {"scaling": "linear"}),
     (ValueError, r"rotary_dim is 7; an even number from 2 to head_dim 16", {"rotary_dim": 7}),
     (ValueError, r"rotary_dim is 18", {"rotary_dim": 18}),
-    (ValueError, r"gives 3; an even number", {"scaling": {"partial_rotary_factor": 0.2}}),
+    (ValueError, r"gives 0; an even number", {"scaling": {"partial_rotary_factor": 0.05}}),
+    (MemoryError, r"^RotaryEmbedding\(\): rotary_dim is 10{12}; a .*: pass a smaller head_dim", {"head_dim": 10**12}),
+    (MemoryError, r"^RotaryEmbedding\(\): rotary_dim is 4611686018427387904; ", {"head_dim": 2**62}),
+    (MemoryError, r"^RotaryEmbedding\(\): rotary_dim is 1180591620717411303424; ", {"head_dim": 2**70}),
     (ValueError, r"partial_rotary_factor'\] is 1.5", {"scaling": {"partial_rotary_factor": 1.5}}),
     (ValueError, r"base is -1.0", {"base": -1}),
     (ValueError, r"base is inf", {"base": float("inf")}),
@@ -69,13 +72,13 @@ CONSTRUCTORS = [
 @pytest.mark.parametrize(("error", "message", "options"), CONSTRUCTORS)
 def test_a_bad_construction_is_named(error: type[Exception], message: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=message) as raised:
-        RotaryEmbedding(16, **options)
+        RotaryEmbedding(**{"head_dim": 16, **options})
     assert re.match(r"RotaryEmbedding\(\): .+; .+: .+", str(raised.value))
 
 
 @pytest.mark.parametrize(
     ("head_dim", "factor", "rotary_dim", "dims"),
-    [(48, 0.4, None, [18, 20]), (48, 0.4, 19, [18, 20]), (48, 0.01, None, [2]), (48, None, 50, [48]),
+    [(48, 0.4, 19, [18, 20]), (48, 0.01, None, [2]), (48, None, 50, [48]),
      (7, None, None, [6]), (7, 1.0, None, [6]), (7, None, 9, [6])],
 )  # fmt: skip
 def test_the_dim_that_is_offered_works(head_dim: int, factor: Any, rotary_dim: Any, dims: list[int]) -> None:

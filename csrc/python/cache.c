@@ -21,8 +21,8 @@ PyObject *cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     enum gqa_status status = GQA_BAD_ARGUMENT;
 
     if (nargs != APPEND_ARGS || !to_append(PyModule_GetState(module), args, &problem)) goto done;
-    release_gil(&gil); /* not polled: copying takes no longer than making the rows did */
-    status = gqa_cache_append_run(&problem);
+    struct gqa_poll poll = release_gil(&gil);
+    status = gqa_cache_append_run(&problem, poll);
     status = take_gil(&gil, status);
 done:
     return status == GQA_OK ? Py_NewRef(Py_None) : refuse(status, "cache_append", args, nargs);
