@@ -237,10 +237,10 @@ def rounded(
 def room(
     call: str, name: str, shape: tuple[int, ...], dtype: Any, fix: str, make: Callable[..., Array] = np.empty
 ) -> Array:
-    """A new array; where no address counts so many bytes a MemoryError, which NumPy calls a ValueError."""
+    """A new array, or a MemoryError; where no address counts so many bytes NumPy calls it a ValueError."""
     try:
         return make(shape, dtype)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, MemoryError):
         fail(MemoryError, call, f"{name} would have shape {shape}", "an array that memory can hold was wanted", fix)
 
 

@@ -83,11 +83,11 @@ def _number(
 
 def _slides(call: str, name: str, config: Mapping[str, Any], number: int) -> bool:
     """Whether a row of this layer sees a window only."""
-    if name in ("mistral", "phi3"):
-        return True
-    if name not in ("qwen2", "qwen3", "gemma2") or (name != "gemma2" and not config.get("use_sliding_window")):
-        return False
     types = config.get("layer_types")
+    if name == "phi3" or (name == "mistral" and types is None):
+        return True
+    if name not in ("mistral", "gemma2") and not (name in ("qwen2", "qwen3") and config.get("use_sliding_window")):
+        return False
     if types is None:
         first = _number(call, config, "max_window_layers", 28, zero=True) or 0
         return number % 2 == 0 if name == "gemma2" else number >= first

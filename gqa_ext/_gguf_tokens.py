@@ -33,13 +33,13 @@ class GGUFTokenizer:
     Attributes
     ----------
     eos : frozenset of int
-        The token that ends a text, if there is one.
+        The tokens of which any ends a text: that of a whole text and, as in llama.cpp, those of a turn and a message.
     """
 
-    def __init__(self, tokenizer: Any, bos: int | None, eos: int | None) -> None:
+    def __init__(self, tokenizer: Any, bos: int | None, eos: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._bos = bos
-        self.eos = frozenset() if eos is None else frozenset([eos])
+        self.eos = eos
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; control tokens such as <|im_start|> are taken for what they are."""
@@ -60,7 +60,8 @@ class GGUFTokenizer:
         tokens, merges = _strings(metadata, "tokens"), _strings(metadata, "merges")
         if len(tokens) != vocab_size or len(set(tokens)) != vocab_size:
             raise ValueError(f"{_KEY}tokens has {len(set(tokens))} different tokens, the embedding {vocab_size}")
-        bos, eos, unknown = (_token(metadata, f"{name}_token_id", vocab_size) for name in ("bos", "eos", "unknown"))
+        bos, unknown = (_token(metadata, f"{name}_token_id", vocab_size) for name in ("bos", "unknown"))
+        ends = (_token(metadata, f"{name}_token_id", vocab_size) for name in ("eos", "eot", "eom"))
         if not metadata.get(_KEY + "add_bos_token", metadata[_KEY + "pre"] == "llama-bpe"):  # llama.cpp's default
             bos = None
         built = _bpe(tokens, merges, metadata[_KEY + "pre"], None if unknown is None else tokens[unknown])
@@ -71,7 +72,7 @@ class GGUFTokenizer:
         for kind, add in (_CONTROL, built.add_special_tokens), (_USER_DEFINED, built.add_tokens):
             whole = [token for token, its_kind in zip(tokens, kinds, strict=False) if its_kind == kind]
             add([library.AddedToken(token, normalized=False, special=kind == _CONTROL) for token in whole])
-        return cls(built, bos, eos)
+        return cls(built, bos, frozenset(token for token in ends if token is not None))
 
 
 def _strings(metadata: dict[str, Any], key: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arguments import as_array, as_dtype, as_int, as_mask, as_real, is_lower_right, rounded
+from ._arguments import as_array, as_dtype, as_int, as_mask, as_real, is_lower_right, rounded, same_place
 from ._checks import check_lengths, check_mask
 from ._messages import COMPUTED, HALVES, Array, fail, fits, kind, native, shapes
 from ._rules import as_integers, as_slopes
@@ -78,6 +78,12 @@ def as_rng(call: str, rng: Any) -> np.random.Generator:
 
 
 # ---- the call ----
+
+
+def is_same(key: Any, query: Any) -> bool:
+    """The same object, or the same elements at the same addresses, as two slices of one array."""
+    both = isinstance(key, np.ndarray) and isinstance(query, np.ndarray)
+    return key is query or (both and same_place(key, query))
 
 
 def as_inputs(

@@ -39,8 +39,13 @@ def as_cache(
     return cache
 
 
-def check_fit(call: str, cache: KVCache, query: Array, key: Array) -> None:
+def check_fit(call: str, cache: KVCache, query: Array, key: Array, window: Any) -> None:
     """As many sequences here as there, and rows that find the keys of their window when all are appended."""
+    keeps = cache.window if cache.window is not None and cache.window <= cache.capacity else None
+    if keeps is not None and window is not None and (window[0] is None or window[0] >= keeps):
+        came = f"cache has a window of {cache.window} and the layer one of {window}"
+        wide = "no window" if window[0] is None else f"window={window[0] + 1}"
+        fail(ValueError, call, came, "keys that the layer's rows see were wanted", f"make the cache with {wide}")
     for name, array in (("query", query), ("key", key)):
         if len(array) != cache.batch:
             came = f"{name} has a batch of {len(array)} and cache of {cache.batch}"

@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from . import gguf_files
+from .convert.source import PICKLES, refuse_pickle
 from .llama import TINY, Llama, load
 from .tokens import Tokenizer, load_tokenizer, stream_text
 
@@ -76,8 +77,11 @@ def open_model(path: str) -> tuple[Llama, Tokenizer]:
     if path.lower().endswith(".gguf") and not Path(path).is_dir():
         return gguf_files.load(path)
     folder = TINY if path == "tiny" else Path(path)
+    if folder.name.endswith(PICKLES) and folder.exists():
+        refuse_pickle(folder, "generate()")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path!r} is neither a folder nor a .gguf file nor 'tiny'")
+        beside = f": pass its folder, {str(folder.parent)!r}" if folder.exists() else ""
+        raise FileNotFoundError(f"{path!r} is neither a folder nor a .gguf file nor 'tiny'{beside}")
     model = load(folder)
     return model, load_tokenizer(folder, model.config.vocab_size)
 

@@ -105,13 +105,23 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, GGUFTokenizer]:
 # --- the config -------------------------------------------------------------------------------------------
 
 
+# keys that change the result where they are anything else
+_PLAIN = {
+    "split.count": 0,
+    "llama.expert_count": 0,
+    "llama.rope.scale_linear": 1.0,
+    "llama.rope.scaling.attn_factor": 1.0,
+    "llama.attention.causal": True,
+}
+
+
 def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
     """The config that metadata and tensors give; what gqa_ext.llama cannot compute is refused."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise NotImplementedError(f"general.architecture is {architecture!r:.80}; only 'llama' is implemented")
     plain: Any
-    for key, plain in ("split.count", 0), ("llama.expert_count", 0), ("llama.rope.scale_linear", 1.0):
+    for key, plain in _PLAIN.items():
         if metadata.get(key, plain) != plain:
             raise NotImplementedError(f"{key} is {metadata[key]!r:.80}; only {plain!r} is implemented")
     hidden, heads = _number(metadata, "embedding_length"), _number(metadata, "attention.head_count")
@@ -142,7 +152,8 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
 
 def _rope_scaling(metadata: dict[str, Any], config: Config, factors: Array | None) -> dict[str, Any] | None:
     """Hugging Face's rope dict, or None for plain RoPE."""
-    scaling = metadata.get("llama.rope.scaling.type", "none")
+    unnamed = "none" if metadata.get("llama.rope.scaling.factor", 0.0) in (0, 1) else "linear"  # as llama.cpp has it
+    scaling = metadata.get("llama.rope.scaling.type", unnamed)
     if scaling not in ("none", "linear") or (scaling == "linear" and factors is not None):
         beside = " beside rope_freqs" if factors is not None else ""
         raise NotImplementedError(f"llama.rope.scaling.type is {scaling!r:.80}{beside}; known: none, linear")

@@ -329,7 +329,8 @@ class Llama:
         """
         tokens = self.encode(text)
         bits = 0.0
-        for windows in cut(tokens, context or self.config.max_position_embeddings):
+        most = self.config.max_position_embeddings
+        for windows in cut(tokens, most if context is None else as_int("Llama.bits_per_byte", "context", context, 1)):
             newlines = np.full((len(windows), 1), ord("\n"))
             logits = self.forward(np.concatenate([newlines, windows[:, :-1]], axis=1))
             likelihood = np.take_along_axis(log_softmax(logits), windows[..., None], axis=-1)

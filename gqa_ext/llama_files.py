@@ -9,8 +9,9 @@ Called by gqa_ext.llama.load.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from ._config_rope import fill_rope, find_rope
 from ._messages import Array
 from .convert.safetensors import SafetensorsFile
+from .convert.source import PICKLES, refuse_pickle
 from .rope import RotaryEmbedding
 
 __all__ = ["Config", "Weights", "read_folder"]
@@ -66,34 +68,36 @@ class Family(NamedTuple):
     """What sets one model_type apart."""
 
     defaults: Mapping[str, Any]  # of its config.json, where they are not Llama's
+    unread: Mapping[str, Any] = MappingProxyType({})  # what holds whatever its config.json says
     biases: str = ""  # projections that always have one
     optional_biases: str = ""  # those that attention_bias gives one; others do not read it
     has_qk_norm: bool = False
     has_window: bool = False
 
 
-_MISTRAL = {
-    "num_key_value_heads": 8, "max_position_embeddings": 131072,
-    "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0,
-}  # fmt: skip
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+_EVERY_LAYER_SLIDES = {"use_sliding_window": True, "max_window_layers": 0}  # but where layer_types says which
 _QWEN = {
     "num_key_value_heads": 32, "max_position_embeddings": 32768,
     "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28,
 }  # fmt: skip
 FAMILIES = {
     "llama": Family({}, optional_biases="qkvo"),
-    "mistral": Family(_MISTRAL, has_window=True),
+    "mistral": Family(_MISTRAL, _EVERY_LAYER_SLIDES, has_window=True),
     "qwen2": Family(_QWEN, biases="qkv", has_window=True),
     "qwen3": Family(_QWEN | {"head_dim": 128}, optional_biases="qkvo", has_qk_norm=True, has_window=True),
 }
 
 # key of config.json: the one value that is implemented, which is also its default
 _FIXED = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None}
+_ALIASES = (("hidden_act", "swish"),)  # of transformers' own
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
+_MOST_LAYERS = 10_000  # more than any model has; a number that is not believed costs no memory
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WIDENED = ("F16", "BF16", "F32", "F64")
 
 
@@ -110,21 +114,25 @@ def read_folder(folder: Path) -> tuple[Config, Weights]:
     biases = family.biases + (family.optional_biases if given.get("attention_bias") else "")
     names = _layer_names(config, biases, family.has_qk_norm)
     e = config.hidden_size
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, e), "model.norm.weight": (e,)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys((_EMBEDDING, _HEAD), (config.vocab_size, e))
+    shapes["model.norm.weight"] = (e,)
     shapes |= {
         f"model.layers.{index}.{name}": shape
         for index in range(config.num_hidden_layers)
         for name, shape in names.values()
     }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, e)
-    arrays = _read_arrays(folder, shapes)
+    arrays = _read_arrays(folder, shapes, {_HEAD} if config.tie_word_embeddings else set())
     layers = [
         {field: arrays[f"model.layers.{index}.{name}"] for field, (name, _) in names.items()}
         for index in range(config.num_hidden_layers)
     ]
-    embed_tokens, norm = arrays["model.embed_tokens.weight"], arrays["model.norm.weight"]
-    return config, Weights(embed_tokens, layers, norm, arrays.get("lm_head.weight"))
+    embed_tokens, norm, lm_head = arrays[_EMBEDDING], arrays["model.norm.weight"], arrays.get(_HEAD)
+    if config.tie_word_embeddings and lm_head is not None:
+        if np.array_equal(lm_head, embed_tokens):  # some writers store tied embeddings twice
+            lm_head = None
+        else:  # as in transformers, which then ties nothing
+            config = replace(config, tie_word_embeddings=False)
+    return config, Weights(embed_tokens, layers, norm, lm_head)
 
 
 # --- config.json ------------------------------------------------------------------------------------------
@@ -154,14 +162,14 @@ def _find_family(given: dict[str, Any]) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise NotImplementedError(f"model_type is {name!r:.40}; implemented are {', '.join(FAMILIES)}")
     for key, wanted in _FIXED.items():
-        if given.get(key, wanted) != wanted:
+        if given.get(key, wanted) != wanted and (key, given[key]) not in _ALIASES:
             raise NotImplementedError(f"{key} is {given[key]!r:.80}; only {wanted!r} is implemented")
     return FAMILIES[name]
 
 
 def _make_config(given: dict[str, Any], family: Family) -> Config:
     """An absent key is the family's default; null is derived from others, as is what has no default."""
-    known = {**family.defaults, **given}
+    known = {**family.defaults, **given, **family.unread}
     if known.get("num_key_value_heads") is None:
         known["num_key_value_heads"] = known.get("num_attention_heads")
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
@@ -170,6 +178,8 @@ def _make_config(given: dict[str, Any], family: Family) -> Config:
         known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
     known.setdefault("max_position_embeddings", Config.max_position_embeddings)
     sizes = {key: _check_size(key, known.get(key)) for key in _SIZES}
+    if sizes["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {sizes['num_hidden_layers']}; up to {_MOST_LAYERS} are read")
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}")
@@ -248,17 +258,30 @@ def _layer_names(config: Config, biases: str, has_qk_norm: bool) -> dict[str, tu
     return names
 
 
-def _read_arrays(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+def _read_arrays(folder: Path, shapes: dict[str, tuple[int, ...]], optional: set[str]) -> dict[str, Array]:
     """The tensors wanted, widened to float32; float32 stays where the file is mapped."""
-    if (folder / _ONE_FILE).exists() or not (folder / _INDEX).exists():
-        path = folder / _ONE_FILE
-        file = SafetensorsFile(_find(path))
+    path = folder / _INDEX
+    if (folder / _ONE_FILE).exists() or not path.exists():
+        path = _find_file(folder)
+        file = SafetensorsFile(path)
         files = dict.fromkeys(file, file)
     else:
-        path = folder / _INDEX
         files = _open_shards(path)
-    _check_tensors(path, files, shapes)
-    return {name: np.asarray(files[name][name], dtype=np.float32) for name in shapes}
+    places = {name: (file, name) for name, file in files.items()}
+    if _EMBEDDING not in files and _EMBEDDING.removeprefix("model.") in files:  # saved without its head
+        places = {f"model.{name}" if name != _HEAD else name: place for name, place in places.items()}
+    _check_tensors(path, places, shapes, optional)
+    return {name: np.asarray(places[name][0][places[name][1]], dtype=np.float32) for name in shapes if name in places}
+
+
+def _find_file(folder: Path) -> Path:
+    """The weights of a folder without index: model.safetensors, or the one such file that there is."""
+    there = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    path = there[0] if len(there) == 1 else folder / _ONE_FILE
+    pickles = [] if there else sorted(path for path in folder.iterdir() if path.name.endswith(PICKLES))
+    if pickles:
+        refuse_pickle(pickles[0], "load()")
+    return _find(path)
 
 
 def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
@@ -281,18 +304,22 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     return {name: shards[shard] for name, shard in places.items()}
 
 
-def _check_tensors(path: Path, files: dict[str, SafetensorsFile], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(
+    path: Path,
+    places: dict[str, tuple[SafetensorsFile, str]],
+    shapes: dict[str, tuple[int, ...]],
+    optional: set[str],
+) -> None:
     """All that is wrong with a folder's tensors, in one message."""
-    faults = [f"{name} is missing" for name in shapes.keys() - files.keys()]
-    spare = {"lm_head.weight"}  # some writers store tied embeddings twice
-    for name, file in files.items():
-        info = file.tensors[name]
-        if name not in shapes and name not in spare and not name.endswith("rotary_emb.inv_freq"):
-            faults.append(f"{name} is not part of the model")
+    faults = [f"{name} is missing" for name in shapes.keys() - places.keys() - optional]
+    for name, (file, its_name) in places.items():
+        info = file.tensors[its_name]
+        if name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+            faults.append(f"{its_name} is not part of the model")
         elif info.shape != shapes.get(name, info.shape):
-            faults.append(f"{name} is {info.shape}, wanted {shapes[name]}")
+            faults.append(f"{its_name} is {info.shape}, wanted {shapes[name]}")
         elif info.dtype not in _WIDENED:
-            faults.append(f"{name} is {info.dtype}, wanted F16, BF16, F32 or F64")
+            faults.append(f"{its_name} is {info.dtype}, wanted F16, BF16, F32 or F64")
     _raise_all(path, faults, "does config.json belong to it?")
 
 

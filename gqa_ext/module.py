@@ -25,6 +25,7 @@ from ._layer_arguments import (
     as_rng,
     as_rope,
     constructor_call,
+    is_same,
     leading,
 )
 from ._layer_cache import as_cache, attend, check_fit, num_keys, place
@@ -206,9 +207,10 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
             How many keys of each sequence are there, from the first; what lies behind them is never seen. With a
             cache: how many of the new ones; the rest is not appended, and rows of `query` behind are padding.
         position_ids : array_like of int (N,) or (B, N), optional
-            Where the rows of `query` stand, for `rope` alone: masks and other rules count rows. Default: 0 to N - 1,
-            or with a cache the places behind its keys. Keys that come from `query` too stand there as well; those
-            of another sequence at 0 to Nk - 1.
+            Where the rows of `query` stand, for `rope` alone: masks and other rules count rows. Keys of the same rows
+            (`key` is None, or the same memory) stand there as well. Default: 0 to N - 1, for such keys behind those
+            that a cache has. Keys of another sequence stand at 0 to Nk - 1, or behind those of the cache, and the
+            query at 0 to N - 1 then, also beside a frozen cache: say where, if it comes in parts.
         cache : KVCache, optional
             Gets the keys and values of this call behind those that it has, and `query` attends to all of them; its
             last row belongs to the last key, and `attn_mask` and weights count all keys. A frozen one gets none:
@@ -250,15 +252,16 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
             sizes = (self.num_kv_heads, self.head_dim, self.v_head_dim)
             given = {"key": key, "value": value, "kv_lengths": kv_lengths}
             cache = as_cache(call, cache, sizes, self.dtype, causal_alignment, **given)
-        own = key is None or key is query
+        own = key is None or is_same(key, query)
         takes_keys = cache is None or not cache.frozen
         widths = (self.embed_dim, self.kv_embed_dim if takes_keys else self.embed_dim)
         query, key, value = as_inputs(call, query, key, value, widths, self.dtype)
+        own = own or is_same(key, query)  # tensors share memory only now
         single = cache is not None and query.ndim == 2
         if single:
             query, key, value = query[None], key[None], value[None]
         if cache is not None:
-            check_fit(call, cache, query, key)
+            check_fit(call, cache, query, key, self.window)
         counts = None if kv_lengths is None else as_kv_lengths(call, kv_lengths, query, key, value)
         heads = None if head_mask is None else as_head_mask(call, head_mask, self.num_heads, self.dtype)
         rows = (*leading(query, key, value), self.num_heads, query.shape[-2])

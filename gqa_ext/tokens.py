@@ -30,6 +30,11 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """A token is a byte of UTF-8, as in the model shipped with this package.
 
+    Parameters
+    ----------
+    eos : iterable of int, optional
+        The bytes of which any ends a text.
+
     Examples
     --------
     >>> ByteTokenizer().encode("né")
@@ -38,7 +43,8 @@ class ByteTokenizer:
     'né'
     """
 
-    eos: frozenset[int] = frozenset()
+    def __init__(self, eos: Iterable[int] = ()) -> None:
+        self.eos = frozenset(eos)
 
     def encode(self, text: str) -> list[int]:
         """Bytes of a text; those that a command line could not decode as they came (PEP 383)."""
@@ -72,12 +78,11 @@ class JsonTokenizer:
         except ImportError:
             message = f'{path} needs the package tokenizers; install it with: pip install "gqa-ext[generate]"'
             raise ImportError(message) from None
-        text = path.read_text(encoding="utf-8")
         try:
-            self._library = library.from_str(text)
+            self._library = library.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"JsonTokenizer(): {path}: {error}") from None
-        self.eos = self._find_eos(path.parent)
+        self.eos = _find_eos(path.parent) or self._named_eos(path.parent)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with those that tokenizer.json puts at its beginning."""
@@ -89,18 +94,23 @@ class JsonTokenizer:
         text: str = self._library.decode(list(tokens))
         return text
 
-    def _find_eos(self, folder: Path) -> frozenset[int]:
-        for file in ("generation_config.json", "config.json"):
-            given = _setting(folder / file, "eos_token_id")
-            numbers = given if isinstance(given, list) else [given]
-            tokens = frozenset(number for number in numbers if type(number) is int)
-            if tokens:
-                return tokens
+    def _named_eos(self, folder: Path) -> frozenset[int]:
         name = _setting(folder / "tokenizer_config.json", "eos_token")
         if isinstance(name, dict):  # an added token, written out
             name = name.get("content")
         token = self._library.token_to_id(name) if isinstance(name, str) else None
         return frozenset() if token is None else frozenset([token])
+
+
+def _find_eos(folder: Path) -> frozenset[int]:
+    """Which transformers' generate stops at: those of generation_config.json, or else of config.json."""
+    for file in ("generation_config.json", "config.json"):
+        given = _setting(folder / file, "eos_token_id")
+        numbers = given if isinstance(given, list) else [given]
+        tokens = frozenset(number for number in numbers if type(number) is int)
+        if tokens:
+            return tokens
+    return frozenset()
 
 
 def _setting(path: Path, key: str) -> Any:
@@ -110,7 +120,7 @@ def _setting(path: Path, key: str) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"JsonTokenizer(): {path}: no sound UTF-8 JSON: {error}") from None
+        raise ValueError(f"load_tokenizer(): {path}: no sound UTF-8 JSON: {error}") from None
     return given.get(key) if isinstance(given, dict) else None
 
 
@@ -120,8 +130,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     if path.exists():
         return JsonTokenizer(path)
     if vocab_size == 256:
-        return ByteTokenizer()
-    raise FileNotFoundError(f"{path} is missing, and the model has {vocab_size} tokens, not the 256 bytes")
+        return ByteTokenizer(_find_eos(folder))
+    message = f"{path} is missing, and the model has {vocab_size} tokens, not the 256 bytes"
+    raise FileNotFoundError(f"{message}: put the tokenizer.json of the model beside its config.json")
 
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

@@ -165,12 +165,23 @@ def test_the_tokens_that_end_a_text(word_folder, files, eos):
     assert JsonTokenizer(word_folder / "tokenizer.json").eos == eos
 
 
+def test_bytes_that_end_a_text(tmp_path):
+    assert load_tokenizer(tmp_path, 256).eos == set()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 10}')
+    assert load_tokenizer(tmp_path, 256).eos == {10}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert load_tokenizer(tmp_path, 256).eos == {2, 3}
+
+
 def test_tokenizers_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, and the model has 300 tokens"):
         load_tokenizer(tmp_path, 300)
     (tmp_path / "tokenizer.json").write_text("{}")
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path, 256)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: 'utf-8' codec"):
         load_tokenizer(tmp_path, 256)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=re.escape('pip install "gqa-ext[generate]"')):

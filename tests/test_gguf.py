@@ -120,6 +120,9 @@ def llama_3_factors() -> np.ndarray:
     [
         ({"rope_freqs.weight": llama_3_factors()}, {}, LLAMA_3),
         ({}, LINEAR, {"rope_type": "linear", "factor": 4.0}),
+        ({}, {"llama.rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp's default type
+        ({}, {"llama.rope.scaling.factor": 1.0}, None),
+        ({"rope_freqs.weight": llama_3_factors()}, {"llama.rope.scaling.factor": 1.0}, LLAMA_3),
     ],
 )
 def test_frequencies_are_scaled_as_the_file_says(tmp_path, tensors, changes, scaling):
@@ -148,6 +151,9 @@ def test_text_survives_the_tokens(tmp_path, text):
     _, tokenizer = gguf_files.load(write_gguf(tmp_path / "a.gguf", random_weights()))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos == {0}
+    ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}  # of a turn, of a message
+    _, tokenizer = gguf_files.load(write_gguf(tmp_path / "b.gguf", random_weights(), changes=ends))
+    assert tokenizer.eos == {0, 5, 6}
 
 
 def test_control_tokens_are_whole_and_leave_no_text(tmp_path):
@@ -165,6 +171,8 @@ REFUSED = [
     ({"llama.expert_count": 8}, NotImplementedError, "expert_count is 8"),
     ({"llama.rope.scaling.type": "yarn"}, NotImplementedError, "rope.scaling.type is 'yarn'"),
     ({"llama.rope.scaling.type": "linear"}, ValueError, "rope.scaling.factor is missing"),
+    ({"llama.rope.scaling.attn_factor": 0.5}, NotImplementedError, "attn_factor is 0.5; only 1.0 is implemented"),
+    ({"llama.attention.causal": False}, NotImplementedError, "attention.causal is False"),
     ({"llama.rope.dimension_count": 32}, NotImplementedError, "dimension_count is 32; only the head's 64"),
     ({"llama.attention.head_count_kv": [2, 1]}, NotImplementedError, "head_count_kv differs by layer"),
     ({"llama.attention.head_count_kv": 3}, ValueError, "4 query heads, 3 key/value heads"),

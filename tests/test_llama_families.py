@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gqa_ext import __main__, llama
+from gqa_ext import GroupedQueryAttention, __main__, llama
 from gqa_ext.convert import safetensors
 
 torch = pytest.importorskip("torch")
@@ -254,6 +254,25 @@ def test_windows_without_layer_types(saved, tmp_path, change, windows):
     model = llama.load(tmp_path)
     assert model.config.layer_windows == windows
     close(model.forward(tokens), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({"use_sliding_window": False}, (6, 6, 6)),
+        ({"max_window_layers": 2}, (6, 6, 6)),
+        ({"use_sliding_window": True, "max_window_layers": 28}, (6, 6, 6)),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, (None, 6, None)),
+    ],
+)
+def test_mistral_reads_no_keys_of_qwen2(saved, tmp_path, change, windows):
+    """Nor does its code in transformers; layer_types make it a Ministral there."""
+    tokens, want = rewritten(saved, "mistral", tmp_path, "sliding_window", {"sliding_window": 6} | change)
+    model = llama.load(tmp_path)
+    assert model.config.layer_windows == windows
+    close(model.forward(tokens), want)
+    layers = [GroupedQueryAttention.from_checkpoint(tmp_path, i) for i in range(3)]
+    assert [layer.window and layer.window[0] + 1 for layer in layers] == list(windows)
 
 
 def rewrite_index(folder, change):

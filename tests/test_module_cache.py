@@ -65,6 +65,23 @@ def test_every_split_gives_the_same(rope: str) -> None:
         assert cache.lengths.tolist() == [7, 7]
 
 
+def test_rows_that_come_as_query_key_and_value() -> None:
+    """As in torch: two slices of one array are the same rows, and stand behind the cache both."""
+    layer, x = build(rope=ROPES["rope"]), inputs(2, 7, SIZES[0])
+    whole, cache = layer(x, is_causal=True), cache_for()
+    for first, end in ((0, 4), (4, 5), (5, 7)):
+        some = layer(x[:, first:end], x[:, first:end], x[:, first:end], is_causal=True, cache=cache)
+        close(some, whole[:, first:end])
+
+
+def test_a_window_that_the_ring_does_not_keep() -> None:
+    layer, x = build(rope=ROPES["rope"], window=(3, 0)), inputs(2, 7, SIZES[0])
+    with pytest.raises(ValueError, match=r"cache has a window of 2 and the layer one of \(3, 0\); .*: make the cache "
+                       r"with window=4$"):  # fmt: skip
+        layer(x, is_causal=True, cache=cache_for(window=2))
+    close(layer(x, is_causal=True, cache=cache_for(window=4)), layer(x, is_causal=True))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_narrow_caches(dtype: str) -> None:
     """Near the uncached layer, and all splits near each other."""

@@ -41,6 +41,7 @@ CONSTRUCTORS = [
     (TypeError, r"rng is .*a str", (128, 8, 2), {"rng": "seed"}),
     (ValueError, r"rng is ", (128, 8, 2), {"rng": -1}),
     (MemoryError, r"q_proj.weight would have shape \(1099511627776, 1099511627776\); an array", (2**40, 8, 2), {}),
+    (MemoryError, r"q_proj.weight would have shape \(1000000000, 1000000000\)", (10**9, 8, 2), {}),
     (MemoryError, r"v_proj.weight would have shape \(2417851639229258349412352, 8\)", (8, 8, 2), {"v_head_dim": 2**80}),
     (ValueError, r"sinks has 1e\+300; numbers that float32 holds were", (128, 8, 2), {"sinks": [0.0] * 7 + [1e300]}),
     (TypeError, r"dtype is None; a dtype was wanted: pass dtype='float32' or 'float64'$", (128, 8, 2), {"dtype": None}),

@@ -255,8 +255,8 @@ def _head_dim(call: str, config: Mapping[str, Any], row: Layout, num_heads: int)
 
 def _check_layer_count(call: str, config: Mapping[str, Any], there: list[int]) -> None:
     count = _number(call, config, "num_hidden_layers", "n_layer") or max(there) + 1
-    if there != list(range(count)):
-        missing = sorted(set(range(count)) - set(there))
+    if len(there) != count or there != list(range(len(there))):
+        missing = sorted(set(range(min(count, max(there) + 9))) - set(there))  # however large a number config.json has
         came = f"the tensors lack layers {missing}" if missing else f"the tensors have {len(there)} layers"
         fix = "check that all shards are there and that the config belongs to them"
         fail(ValueError, call, came, f"layers 0 to {count - 1} were wanted", fix)

@@ -143,12 +143,12 @@ def _find(src: str | os.PathLike[str]) -> Source:
     return Source(path, folder, config_text, config, index_text, index, index_name, shards, companions, skipped)
 
 
-def refuse_pickle(path: Path) -> NoReturn:
+def refuse_pickle(path: Path, call: str = CALL) -> NoReturn:
     """Unpickling runs code of the file; only the owner can decide to."""
     target = path.with_suffix(".safetensors")
     save = f"from safetensors.torch import save_file; sd = torch.load({str(path)!r}, weights_only=True)"
     raise ValueError(
-        f"{CALL}: {path} is a pickle, which can run any code when it is read; a .safetensors file was wanted; "
+        f"{call}: {path} is a pickle, which can run any code when it is read; a .safetensors file was wanted; "
         f'if you trust it, save it again: python -c "import torch; {save}; '
         f'save_file({{k: v.clone().contiguous() for k, v in sd.items()}}, {str(target)!r}, {{\'format\': \'pt\'}})"'
     )
