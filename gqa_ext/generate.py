@@ -105,3 +105,6 @@ def run(
     yield from stream_text(tokenizer, tokens, takewhile(lambda token: token not in tokenizer.eos, timing.watch(made)))
     timing.kv_bytes = sum(layer.nbytes for layer in cache)  # a ring has grown with the prompt
     yield f"\n\n{timing}\n"
+    most = model.config.max_position_embeddings
+    if len(tokens) + timing.new_tokens > most:
+        yield f"note     config.json promises {most:,} tokens; what lies behind them may be worse\n"

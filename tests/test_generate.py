@@ -205,6 +205,13 @@ def test_the_command_writes_the_models_text_and_figures(tiny, capsys):
     assert err == ""
 
 
+@pytest.mark.parametrize(("size", "noted"), [(502, False), (503, True)])
+def test_a_text_longer_than_the_model_knows(capsys, size, noted):
+    assert __main__.main(["generate", "--prompt", "a" * size, "--max-new-tokens", "10"]) == 0
+    figures = capsys.readouterr().out.rsplit("\n\n", 1)[1]
+    assert ("note     config.json promises 512 tokens" in figures) is noted
+
+
 @pytest.mark.parametrize(
     ("dtype", "heads", "nbytes"), [("float16", 8, 2048), ("bfloat16", 2, 512), ("int8", 2, 320), ("int8", 8, 1280)]
 )

@@ -304,3 +304,10 @@ def test_an_alignment_is_for_windows_too() -> None:
     layer, query, key = build(16, 4, 2, window=(1, 0)), inputs(2, 16), inputs(6, 16, seed=1)
     _, weights = layer(query, key, causal_alignment="lower_right", need_weights=True)
     assert (weights[0] > 0).tolist() == [[False] * 3 + [True, True, False], [False] * 4 + [True, True]]
+
+
+def test_sinks_and_slopes_that_are_infinite_come_back_from_the_repr() -> None:
+    layer = GroupedQueryAttention(8, 2, 1, sinks=[-np.inf, 1.0], alibi_slopes=[np.inf, 0.5], rng=0)
+    same = eval(repr(layer), vars(gqa_ext))
+    assert (same.sinks == layer.sinks).all()
+    assert (same.alibi_slopes == layer.alibi_slopes).all()
