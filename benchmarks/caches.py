@@ -119,7 +119,7 @@ def _append(rng: np.random.Generator, dtype: str) -> tuple[Call, Call]:
     """2,048 tokens of 8 heads, as after a prompt, against torch's cast of as many into memory that is there."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(gqa_ext.get_num_threads())
     new = _rows(rng, 1, 8, 2048, 128)
     cache = gqa_ext.KVCache(1, 8, 128, capacity=2048, dtype=dtype)
     source, store = torch.from_numpy(new), torch.zeros(2, *new.shape, dtype=getattr(torch, dtype))

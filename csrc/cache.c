@@ -166,7 +166,13 @@ struct appending {
     int64_t rows, parts; /* of a task, and tasks of each sequence and head */
 };
 
-/* Some rows of one sequence and head.  Of more rows than a ring holds, the last ones stay. */
+/* Of more rows than a ring holds, the last ones stay. */
+static int64_t rows_kept(const struct gqa_cache_append *problem, int64_t b) {
+    const int64_t count = gqa_integer(&problem->counts, b, 0);
+    return problem->block_table.data ? count : gqa_min(count, problem->keys.shape[2]);
+}
+
+/* Some rows of one sequence and head. */
 static void store_some(const void *context, int64_t index, void *scratch, struct gqa_job *job) {
     const struct appending *appending = context;
     const struct gqa_cache_append *problem = appending->problem;
@@ -175,9 +181,8 @@ static void store_some(const void *context, int64_t index, void *scratch, struct
     const int64_t part = index % appending->parts, head = index / appending->parts % heads;
     const int64_t b = index / appending->parts / heads;
     const int64_t first = gqa_integer(&problem->lengths, b, 0), count = gqa_integer(&problem->counts, b, 0);
-    const int64_t end = gqa_min(count, (part + 1) * appending->rows);
-    int64_t i = part * appending->rows;
-    if (!table->data) i = gqa_max(i, count - slots);
+    int64_t i = count - rows_kept(problem, b) + part * appending->rows;
+    const int64_t end = gqa_min(count, i + appending->rows);
     (void)scratch, (void)job; /* a task is short */
     for (; i < end; i++) {
         const int64_t block = table->data ? gqa_integer(table, b, (first + i) / slots) : b, at = (first + i) % slots;
@@ -199,9 +204,11 @@ enum gqa_status gqa_cache_append_run(const struct gqa_cache_append *problem, str
     const struct gqa_array *new_keys = &problem->new_keys;
     const int64_t width = gqa_max(1, new_keys->shape[3] + problem->new_values.shape[3]);
     struct appending appending = {problem, gqa_max(1, TASK_ELEMENTS / width), 0};
-    appending.parts = gqa_ceil_div(new_keys->shape[2], appending.rows);
+    int64_t most = 0;
+    for (int64_t b = 0; b < new_keys->shape[0]; b++) most = gqa_max(most, rows_kept(problem, b));
+    appending.parts = gqa_ceil_div(most, appending.rows);
     const int64_t heads = new_keys->shape[0] * new_keys->shape[1];
-    const int threads = heads * new_keys->shape[2] * width < SMALL_APPEND ? 1 : gqa_get_num_threads();
+    const int threads = heads * most * width < SMALL_APPEND ? 1 : gqa_get_num_threads();
     if (overwrites(problem)) poll = (struct gqa_poll){0};
     return gqa_pool_run(store_some, &appending, heads * appending.parts, 0, threads, poll);
 }

@@ -1,4 +1,4 @@
-/* check.h: an attention problem against the contract of gqa.h.  Used by plan.c. */
+/* check.h: an attention problem against the contract of gqa.h.  Used by plan.c, attention.c and cache.c. */
 #ifndef GQA_CHECK_H
 #define GQA_CHECK_H
 

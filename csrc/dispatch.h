@@ -1,4 +1,4 @@
-/* dispatch.h: the kernels in use.  Read once at the start of a call. */
+/* dispatch.h: the kernels in use.  Read once at the start of a call, or where kernels only move and cast rows. */
 #ifndef GQA_DISPATCH_H
 #define GQA_DISPATCH_H
 

@@ -5,7 +5,7 @@
  * Subnormals, infinities and the sign of zero are right; a NaN stays a NaN, quiet,
  * with the top of its payload.  No branch depends on the value but for NaN, so
  * loops over these functions vectorise.
- * Used by convert.c, elements.c and load_tmpl.h. */
+ * Used by convert.c, elements.c, cache.c and load_tmpl.h. */
 #ifndef GQA_HALF_H
 #define GQA_HALF_H
 

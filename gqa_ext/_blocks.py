@@ -1,5 +1,7 @@
 """Who has which block: the books of PagedKVCache, which keeps the blocks themselves."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ._messages import Array
@@ -37,6 +39,13 @@ class Blocks:
         if self.users[block] == 0:
             self._is_free[block] = True
             self.free += 1
+
+    def recount(self, sequences: Iterable["Sequence"]) -> None:
+        """By what these have, whatever a call that was stopped has left."""
+        rows = [sequence.row(sequence.held) for sequence in sequences]
+        users = np.bincount(np.concatenate([np.zeros(0, np.int64), *rows]), minlength=len(self.users))
+        self.users, self._is_free = users.tolist(), users == 0
+        self.free = int(self._is_free.sum())
 
     def _in_widest_gap(self) -> int:
         """Its middle, as the sequence before it may be growing into its start."""
@@ -76,10 +85,15 @@ class Sequence:
         self._row[self.held] = block
         self.held += 1
 
-    def pop(self) -> int:
-        """The last block, which it has no more."""
-        self.held -= 1
-        return int(self._row[self.held])
+    def replace_last(self, block: int) -> None:
+        """This block where the last one was."""
+        self._row[self.held - 1] = block
+
+    def restore(self, length: int, blocks: int, last: int) -> None:
+        """Back to so many tokens and blocks, of which this was the last."""
+        self.length, self.held = length, blocks
+        if blocks:
+            self.replace_last(last)
 
     def row(self, width: int) -> Array:
         """Its first blocks and, if it has room for more, anything behind them, at most (width,): a view."""

@@ -106,10 +106,15 @@ def _rope(call: str, name: str, config: Mapping[str, Any], head_dim: int) -> Rot
         given, config = _as_longrope(given), {"original_max_position_embeddings": 4096, **config}
     scaling = fill_rope(given, config, *OLD_NAMES.get(name, ()))
     options: dict[str, Any] = {"base": _number(call, scaling, "rope_theta", default.base)}
-    options |= {"rotary_dim": _rotary_dim(call, name, scaling, head_dim), "interleaved": default.interleaved}
+    share = _share(call, name, scaling)
+    dim = int(head_dim * (share or 1.0))
+    options |= {"rotary_dim": None if share is None or dim % 2 else dim, "interleaved": default.interleaved}
+    odd = {"partial_rotary_factor": share} if share is not None and dim % 2 else {}
     if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
         scaling = {key: entry for key, entry in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        options |= {"scaling": scaling, "max_position_embeddings": config.get("max_position_embeddings")}
+        options |= {"scaling": scaling | odd, "max_position_embeddings": config.get("max_position_embeddings")}
+    elif odd:
+        options["scaling"] = odd
     return RotaryEmbedding(head_dim, **options)
 
 
@@ -120,11 +125,11 @@ def _as_longrope(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: entry for key, entry in given.items() if key != "type"} | {"rope_type": "longrope"}
 
 
-def _rotary_dim(call: str, name: str, scaling: Mapping[str, Any], head_dim: int) -> int | None:
-    """How many elements of a head are turned; None is all of them."""
+def _share(call: str, name: str, scaling: Mapping[str, Any]) -> float | None:
+    """The part of a head that is turned; None is all of it."""
     usual = ROTATIONS[name].share
     share = _number(call, scaling, "partial_rotary_factor", usual or 1.0)
     if usual is None and share != 1:
         came = f"config.json has partial_rotary_factor {share}"
         fail(NotImplementedError, call, came, f"1.0 was wanted, as {name} turns whole heads", "restore the config")
-    return None if share in (1, None) else int(head_dim * share)
+    return None if share == 1 else share

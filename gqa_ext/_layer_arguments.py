@@ -197,7 +197,7 @@ def constructor_call(layer: Any, sizes: tuple[int, ...]) -> str:
     settings |= {"alibi_slopes": numbers(layer.alibi_slopes), "sinks": numbers(layer.sinks)}
     settings["dtype"] = layer.dtype.name
     given = [f"{name}={setting!r}" for name, setting in settings.items() if setting != defaults[name]]
-    given = [re.sub(r"-?\binf\b", r"float('\g<0>')", text) for text in given]  # a sink of -inf is none
+    given = [re.sub(r"-?\b(inf|nan)\b", r"float('\g<0>')", text) for text in given]  # a sink of -inf is none
     return f"{type(layer).__name__}({', '.join([*map(repr, sizes), *given])})"
 
 

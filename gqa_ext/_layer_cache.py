@@ -109,8 +109,8 @@ def _attend(cache: KVCache | None, q: Array, k: Any, v: Any, counts: Any, own: b
     if own and counts is not None:
         rules = rules | {"query_lengths": counts}
     before = cache.lengths
-    cache.append(k, v, counts)
     try:
+        cache.append(k, v, counts)
         return cache.attend(q, **rules)
     except BaseException:
         with suppress(ValueError):

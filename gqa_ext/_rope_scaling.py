@@ -172,18 +172,19 @@ def _base(base: Any, given: Mapping[str, Any]) -> float:
 def _rotary_dim(head_dim: int, rotary_dim: Any, given: Mapping[str, Any]) -> int:
     """The argument, the dict's share of head_dim, or all of it."""
     share = _share(head_dim, given)
-    dim = head_dim if share is None else share
+    dim = turned = head_dim if share is None else share
     came = f"head_dim is {dim}" if share is None else f"scaling['partial_rotary_factor'] gives {dim}"
+    if share is not None:
+        turned += share % 2  # as in transformers: the last pair is whole
     if rotary_dim is not None:
-        dim = as_int(CALL, "rotary_dim", rotary_dim, 2)
-        if share is not None and dim != share:
-            name = "rotary_dim" if _fits(share, head_dim) else "partial_rotary_factor"
+        asked = as_int(CALL, "rotary_dim", rotary_dim, 2)
+        if share is not None and asked not in (share, turned):
+            name = "rotary_dim" if _fits(turned, head_dim) else "partial_rotary_factor"
             wanted = "one of them was wanted, or the same twice"
-            fail(ValueError, CALL, f"rotary_dim is {dim} and {came}", wanted, f"leave {name} out")
-        came = f"rotary_dim is {dim}"
-    if rotary_dim is None and 0 < dim < head_dim:
-        return dim
-    if not _fits(dim, head_dim):
+            fail(ValueError, CALL, f"rotary_dim is {asked} and {came}", wanted, f"leave {name} out")
+        if share is None or asked != turned:
+            dim, turned, came = asked, asked, f"rotary_dim is {asked}"
+    if not _fits(turned, head_dim):
         near = " or ".join(str(even) for even in range(dim - 1, dim + 3) if _fits(even, head_dim))
         fix = f"pass rotary_dim={near or head_dim - head_dim % 2}"
         fix += "" if share is None else ", and leave partial_rotary_factor out"

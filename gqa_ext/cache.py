@@ -157,9 +157,13 @@ class KVCache:
         Raises
         ------
         ValueError
-            The cache is full or frozen, or shapes do not fit. Nothing has changed then.
+            The cache is full or frozen, or shapes do not fit. Nothing has changed then, as with the others.
         TypeError
             Arrays of no float dtype.
+        MemoryError
+            No room for the longer ring that a chunk asks for.
+        KeyboardInterrupt
+            Either nothing has changed or, where a ring goes over older keys, all has been appended.
         """
         call = "KVCache.append"
         if self._frozen:
@@ -179,13 +183,13 @@ class KVCache:
             self._widen_ring(key, value, max(counts.tolist(), default=0))
         elif longest > self.capacity:
             self._explain_full(call, after)
-        oldest, lost = self._oldest, False
+        oldest, stores, lost = self._oldest, self._arrays_or_none(), False
         try:
             self._set_lengths(after, longest, np.maximum(oldest, after - self._slots) if self._is_ring else oldest)
-            lost = longest > self._slots  # from here on: C does not stop where it writes over older keys
-            _core.cache_append(*self._arrays_or_none(), None, key, value, before, counts)
+            lost = longest > self._slots  # and no call of Python between this and C, which then does not stop halfway
+            _core.cache_append(*stores, None, key, value, before, counts)
         except BaseException as error:
-            if not (lost and isinstance(error, KeyboardInterrupt)):  # which came when all was written
+            if not lost or isinstance(error, (TypeError, ValueError, MemoryError)):  # C refused and wrote nothing
                 self._set_lengths(before, None, oldest)
             raise
 
@@ -201,7 +205,8 @@ class KVCache:
         **rules
             As in :func:`gqa_ext.scaled_dot_product_attention`: attn_mask, scale, window, softcap, alibi_slopes,
             sinks, query_lengths, query_positions, key_positions, dropout_p, rng, return_lse, return_weights, out.
-            Keys of masks, positions and weights are those of the longest sequence, Sk = lengths.max().
+            Keys of masks, positions and weights are those of the longest sequence, Sk = lengths.max(). A window
+            narrows the cache's own.
 
         Returns
         -------
@@ -234,7 +239,11 @@ class KVCache:
             fail(ValueError, call, f"n is {most.tolist()}", wanted, "pass how many tokens to keep")
         after = np.minimum(self._lengths, most)
         changed = (after < self._lengths) & (after > 0)
-        if self.window is not None and (changed & (self._oldest > np.maximum(0, after - self.window))).any():
+        if (
+            self._is_ring
+            and self.window is not None
+            and (changed & (self._oldest > np.maximum(0, after - self.window))).any()
+        ):
             came = f"n is {most.tolist()} for lengths {self._lengths.tolist()}"
             wanted = f"the {self.window} keys before n were wanted, and those before {self._oldest.tolist()} are gone"
             fail(ValueError, call, came, wanted, "append what may be cropped in one call, which makes the ring longer")
@@ -243,10 +252,11 @@ class KVCache:
     def reset(self) -> None:
         """Empty the cache, and thaw it. A ring that a long chunk has made longer is a window long again."""
         self._frozen = False
-        if self._slots > self._fewest_slots():
-            self._adopt(self._new_arrays("KVCache.reset", self._fewest_slots()))
         nothing = np.zeros(self.batch, np.int64)  # lengths and oldest: neither is written to
         self._set_lengths(nothing, 0, nothing)
+        if self._slots > self._fewest_slots():
+            self._adopt(self._new_arrays("KVCache.reset", self._fewest_slots()))
+            self._set_lengths(nothing, 0, nothing)
 
     def reorder(self, index: ArrayLike) -> None:
         """Sequence b becomes what sequence index[b] was, as beam search wants; any may be taken more than once.
@@ -339,12 +349,14 @@ class KVCache:
         return result
 
     def _with_window(self, query: Any, rules: dict[str, Any]) -> dict[str, Any]:
-        """The rules with this cache's window, which nobody may widen; refuses rows whose keys are gone."""
-        call, most = "KVCache.attend", self.window or 0
-        asked = self._bounds if rules.get("window") is None else as_window(call, rules["window"])
-        if self._is_ring and (asked[0] is None or asked[0] >= most):
-            wanted = f"at most the cache's own, {self._bounds}, was wanted, as older keys are gone"
-            fail(ValueError, call, f"window is {rules['window']}", wanted, "leave it out")
+        """The rules with this cache's window, or the part of it asked for; refuses rows whose keys are gone."""
+        call, asked = "KVCache.attend", self._bounds
+        if rules.get("window") is not None:
+            asked = as_window(call, rules["window"])
+            if self._is_ring and (asked[0] is None or asked[0] >= (self.window or 0)):
+                wanted = f"at most the cache's own, {self._bounds}, was wanted, as older keys are gone"
+                fail(ValueError, call, f"window is {rules['window']}", wanted, "leave it out")
+            asked = _narrower(asked[0], self._bounds[0]), _narrower(asked[1], self._bounds[1])
         if self._is_ring and rules.get("key_positions") is not None:
             fail(ValueError, call, "key_positions is given", "a ring counts its keys itself", "leave it out")
         if self._is_ring and self._oldest.any():
@@ -366,10 +378,15 @@ class KVCache:
             fail(ValueError, call, came, wanted, fix)
 
 
+def _narrower(side: int | None, other: int | None) -> int | None:
+    """Of two sides of a window, None being open."""
+    return min((number for number in (side, other) if number is not None), default=None)
+
+
 def _as_bounds(call: str, window: Any) -> tuple[int | None, int | None]:
     """How many keys before and after its own a row sees; None is all."""
     if window is None:
         return None, None
-    if isinstance(window, (tuple, list, np.ndarray)):
+    if isinstance(window, (tuple, list)) or np.ndim(window):
         return as_window(call, window)
     return as_int(call, "window", window, 1) - 1, None

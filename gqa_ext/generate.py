@@ -77,7 +77,7 @@ def open_model(path: str) -> tuple[Llama, Tokenizer]:
     if path.lower().endswith(".gguf") and not Path(path).is_dir():
         return gguf_files.load(path)
     folder = TINY if path == "tiny" else Path(path)
-    if folder.name.endswith(PICKLES) and folder.exists():
+    if folder.name.endswith(PICKLES) and folder.is_file():
         refuse_pickle(folder, "generate()")
     if not folder.is_dir():
         beside = f": pass its folder, {str(folder.parent)!r}" if folder.exists() else ""
@@ -107,4 +107,4 @@ def run(
     yield f"\n\n{timing}\n"
     most = model.config.max_position_embeddings
     if len(tokens) + timing.new_tokens > most:
-        yield f"note     config.json promises {most:,} tokens; what lies behind them may be worse\n"
+        yield f"note     the model's config promises {most:,} tokens; what lies behind them may be worse\n"

@@ -152,8 +152,9 @@ def _config(metadata: dict[str, Any], placed: dict[str, Placed]) -> Config:
 
 def _rope_scaling(metadata: dict[str, Any], config: Config, factors: Array | None) -> dict[str, Any] | None:
     """Hugging Face's rope dict, or None for plain RoPE."""
-    unnamed = "none" if metadata.get("llama.rope.scaling.factor", 0.0) in (0, 1) else "linear"  # as llama.cpp has it
-    scaling = metadata.get("llama.rope.scaling.type", unnamed)
+    scaling = metadata.get("llama.rope.scaling.type", "linear")  # as llama.cpp has it, with no factor for 1
+    if scaling == "linear" and metadata.get("llama.rope.scaling.factor", 0.0) in (0, 1):
+        scaling = "none"
     if scaling not in ("none", "linear") or (scaling == "linear" and factors is not None):
         beside = " beside rope_freqs" if factors is not None else ""
         raise NotImplementedError(f"llama.rope.scaling.type is {scaling!r:.80}{beside}; known: none, linear")

@@ -19,7 +19,7 @@ import numpy as np
 from ._config_rope import fill_rope, find_rope
 from ._messages import Array
 from .convert.safetensors import SafetensorsFile
-from .convert.source import PICKLES, refuse_pickle
+from .convert.source import only_file
 from .rope import RotaryEmbedding
 
 __all__ = ["Config", "Weights", "read_folder"]
@@ -262,7 +262,7 @@ def _read_arrays(folder: Path, shapes: dict[str, tuple[int, ...]], optional: set
     """The tensors wanted, widened to float32; float32 stays where the file is mapped."""
     path = folder / _INDEX
     if (folder / _ONE_FILE).exists() or not path.exists():
-        path = _find_file(folder)
+        path = folder / only_file(folder, "load()")
         file = SafetensorsFile(path)
         files = dict.fromkeys(file, file)
     else:
@@ -272,16 +272,6 @@ def _read_arrays(folder: Path, shapes: dict[str, tuple[int, ...]], optional: set
         places = {f"model.{name}" if name != _HEAD else name: place for name, place in places.items()}
     _check_tensors(path, places, shapes, optional)
     return {name: np.asarray(places[name][0][places[name][1]], dtype=np.float32) for name in shapes if name in places}
-
-
-def _find_file(folder: Path) -> Path:
-    """The weights of a folder without index: model.safetensors, or the one such file that there is."""
-    there = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
-    path = there[0] if len(there) == 1 else folder / _ONE_FILE
-    pickles = [] if there else sorted(path for path in folder.iterdir() if path.name.endswith(PICKLES))
-    if pickles:
-        refuse_pickle(pickles[0], "load()")
-    return _find(path)
 
 
 def _open_shards(index: Path) -> dict[str, SafetensorsFile]:

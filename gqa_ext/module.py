@@ -214,7 +214,7 @@ class GroupedQueryAttention(FromCheckpoint["GroupedQueryAttention"], FromMha["Gr
         cache : KVCache, optional
             Gets the keys and values of this call behind those that it has, and `query` attends to all of them; its
             last row belongs to the last key, and `attn_mask` and weights count all keys. A frozen one gets none:
-            the query attends to what is there, for cross-attention. A call that raises takes its keys back, unless
+            the query attends to what is there, for cross-attention. Attention that raises takes its keys back, unless
             they have overwritten others in the ring of a window.
         head_mask : array_like (num_heads,), optional
             Multiplies the weights of each head: 0 switches a head off.

@@ -189,7 +189,8 @@ class PagedKVCache:
         """Forget a sequence and give back the blocks that no other has. KeyError: there is no such sequence."""
         sequence = self._find_one("PagedKVCache.free", id)
         del self._sequences[int(id)]
-        self._shrink(sequence, 0)
+        for block in reversed(sequence.blocks()):
+            self._blocks.release(block)
 
     def append(
         self, ids: int | Iterable[int], key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
@@ -227,15 +228,16 @@ class PagedKVCache:
             wanted = f"one shape was wanted ({shapes(key=new[0], value=new[1])})"
             fail(ValueError, call, "value differs from key", wanted, "pass the rows of both")
         counts, before = as_counts(call, lengths, len(sequences), new[0].shape[2]), _lengths_of(sequences)
+        lasts = [sequence.last() for sequence in sequences]
         try:
             self._take_blocks(call, sequences, counts.tolist())
             _core.cache_append(*self._stores(), block_table(sequences), new[0], new[1], before, counts)
             for sequence, length in zip(sequences, (before + counts).tolist(), strict=True):
                 sequence.length = length
         except BaseException:  # Ctrl-C too
-            for sequence, length in zip(sequences, before.tolist(), strict=True):
-                sequence.length = length
-                self._shrink(sequence, -(-length // self.block_size))
+            for sequence, length, last in zip(sequences, before.tolist(), lasts, strict=True):
+                sequence.restore(length, -(-length // self.block_size), last)
+            self._blocks.recount(self._sequences.values())
             raise
 
     def attend(self, ids: int | Iterable[int], query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
@@ -290,11 +292,6 @@ class PagedKVCache:
     def _find_one(self, call: str, id: Any) -> Sequence:
         return self._find(call, [as_index(call, "id", id, _WHICH)])[0]
 
-    def _shrink(self, sequence: Sequence, blocks: int) -> None:
-        """Give back what it has beyond so many."""
-        while sequence.held > blocks:
-            self._blocks.release(sequence.pop())
-
     def _take_blocks(self, call: str, sequences: list[Sequence], counts: list[int]) -> None:
         """Room for so many more rows in blocks that nobody else has; all of it or none."""
         shared, wanted = [], []
@@ -322,8 +319,7 @@ class PagedKVCache:
         theirs, mine = sequence.last(), self._blocks.take(-1)
         for array in self._arrays():
             array[mine] = array[theirs]
-        sequence.pop()
-        sequence.push(mine)
+        sequence.replace_last(mine)
         self._blocks.release(theirs)
 
 

@@ -24,7 +24,8 @@ _INT64 = np.dtype(np.int64)
 class RotaryEmbedding:
     """Turn each pair of a head's elements by an angle that grows with its position (RoPE, arXiv:2104.09864).
 
-    Pair i turns by position * base ** (-2 i / rotary_dim). Angles are computed in float64, so that a position of a
+    Pair i turns by position * base ** (-2 i / rotary_dim), where an odd share of the head that partial_rotary_factor
+    gives counts as it is, though the last pair is whole. Angles are computed in float64, so that a position of a
     million is still right, and a result is rounded once.
 
     Parameters

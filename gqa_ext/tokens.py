@@ -78,8 +78,9 @@ class JsonTokenizer:
         except ImportError:
             message = f'{path} needs the package tokenizers; install it with: pip install "gqa-ext[generate]"'
             raise ImportError(message) from None
+        content = path.read_bytes()
         try:
-            self._library = library.from_str(path.read_text(encoding="utf-8"))
+            self._library = library.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"JsonTokenizer(): {path}: {error}") from None
         self.eos = _find_eos(path.parent) or self._named_eos(path.parent)

@@ -129,6 +129,7 @@ def test_older_configs_keep_rope_beside(tmp_path):
     ("name", "beside"),
     [
         ("gpt_neox", {"rotary_emb_base": 500, "rotary_pct": 0.5}),
+        ("gpt_neox", {"rotary_emb_base": 500, "rotary_pct": 0.45}),  # an odd size, rounded up to whole pairs
         ("phi", {"rope_theta": 500.0, "partial_rotary_factor": 0.75, "rope_scaling": None}),
         ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
         ("llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}),

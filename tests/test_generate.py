@@ -209,7 +209,7 @@ def test_the_command_writes_the_models_text_and_figures(tiny, capsys):
 def test_a_text_longer_than_the_model_knows(capsys, size, noted):
     assert __main__.main(["generate", "--prompt", "a" * size, "--max-new-tokens", "10"]) == 0
     figures = capsys.readouterr().out.rsplit("\n\n", 1)[1]
-    assert ("note     config.json promises 512 tokens" in figures) is noted
+    assert ("note     the model's config promises 512 tokens" in figures) is noted
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def llama_3_factors() -> np.ndarray:
         ({}, LINEAR, {"rope_type": "linear", "factor": 4.0}),
         ({}, {"llama.rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp's default type
         ({}, {"llama.rope.scaling.factor": 1.0}, None),
+        ({}, {"llama.rope.scaling.type": "linear"}, None),
         ({"rope_freqs.weight": llama_3_factors()}, {"llama.rope.scaling.factor": 1.0}, LLAMA_3),
     ],
 )
@@ -170,7 +171,7 @@ REFUSED = [
     ({"split.count": 3}, NotImplementedError, "split.count is 3"),
     ({"llama.expert_count": 8}, NotImplementedError, "expert_count is 8"),
     ({"llama.rope.scaling.type": "yarn"}, NotImplementedError, "rope.scaling.type is 'yarn'"),
-    ({"llama.rope.scaling.type": "linear"}, ValueError, "rope.scaling.factor is missing"),
+    ({"llama.rope.scaling.factor": -2.0}, ValueError, "rope.scaling.factor is -2.0"),
     ({"llama.rope.scaling.attn_factor": 0.5}, NotImplementedError, "attn_factor is 0.5; only 1.0 is implemented"),
     ({"llama.attention.causal": False}, NotImplementedError, "attention.causal is False"),
     ({"llama.rope.dimension_count": 32}, NotImplementedError, "dimension_count is 32; only the head's 64"),
@@ -215,7 +216,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path):
     [
         (np.zeros(D // 2, np.float32), {}, "short_factor"),
         (np.ones(D, np.float32), {}, r"rope_freqs.weight is \(64,\), wanted \(32,\)"),
-        (np.ones(D // 2, np.float32), {"llama.rope.scaling.type": "linear"}, "'linear' beside rope_freqs"),
+        (np.ones(D // 2, np.float32), LINEAR, "'linear' beside rope_freqs"),
     ],
 )
 def test_bad_factors_are_refused(tmp_path, factors, changes, message):

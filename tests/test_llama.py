@@ -337,10 +337,11 @@ def test_files_it_cannot_read(tmp_path):
     with pytest.raises(ValueError, match="no sound UTF-8 JSON"):
         llama.load(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
-    for folder, name in (tmp_path / "nowhere", "config.json"), (tmp_path, "model.safetensors"):
-        path = re.escape(str(folder / name))
-        with pytest.raises(FileNotFoundError, match=rf"^load\(\): {path} does not exist; config.json and .*: pass the"):
-            llama.load(folder)
+    path = re.escape(str(tmp_path / "nowhere" / "config.json"))
+    with pytest.raises(FileNotFoundError, match=rf"^load\(\): {path} does not exist; config.json and .*: pass the"):
+        llama.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"^load\(\): {re.escape(str(tmp_path))} has neither model.safeten"):
+        llama.load(tmp_path)
 
 
 def test_harmless_extra_tensors(tmp_path):
@@ -370,6 +371,7 @@ def test_a_folder_of_pickles_says_how_to_save_it_again(tmp_path, capsys):
     folder = write_model(tmp_path / "a", GROUPED, {})
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"not read")
+    (folder / "optimizer.pt").write_bytes(b"nor this")
     with pytest.raises(ValueError, match=r"^load\(\): .*pytorch_model.bin is a pickle, .* save it again: python -c"):
         llama.load(folder)
     for path, words in (folder / "pytorch_model.bin", "is a pickle"), (folder / "config.json", "pass its folder"):

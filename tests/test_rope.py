@@ -113,6 +113,16 @@ def test_frequencies_are_those_of_transformers(name: str) -> None:
         np.testing.assert_allclose(np.hypot(cos, sin), float(scale), rtol=1e-6)
 
 
+def test_an_odd_share_comes_back_from_the_repr_and_beside_its_size() -> None:
+    rope = RotaryEmbedding(16, scaling={"partial_rotary_factor": 0.35}, interleaved=True)
+    again = RotaryEmbedding(16, rotary_dim=rope.rotary_dim, scaling=rope.scaling, interleaved=True)
+    x = inputs(1, 3, 16)
+    wanted = turn(x, *plain(np.arange(3), 5), interleaved=True)
+    assert rope.rotary_dim == 6
+    for each in (rope, again, eval(repr(rope)), pickle.loads(pickle.dumps(rope))):
+        close(each(x), wanted, np.float64)
+
+
 @pytest.mark.parametrize("name", SCALINGS)
 def test_far_positions_are_those_of_transformers(name: str) -> None:
     """Within what float32 angles lose: half a unit of the frequency, and of the product, times the position."""

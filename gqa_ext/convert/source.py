@@ -201,7 +201,7 @@ def _find_index(folder: Path) -> tuple[str, str | None]:
 
 def _shard_names(folder: Path, index_name: str, index: dict[str, Any]) -> list[str]:
     if not index_name:
-        return [_only_file(folder)]
+        return [only_file(folder)]
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{CALL}: {folder / index_name}: weight_map is {weight_map!r:.80}; tensor: shard was wanted")
@@ -214,18 +214,20 @@ def _shard_names(folder: Path, index_name: str, index: dict[str, Any]) -> list[s
     return list(dict.fromkeys(weight_map.values()))
 
 
-def _only_file(folder: Path) -> str:
+def only_file(folder: Path, call: str = CALL) -> str:
     """The weights of a folder without index."""
-    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-    if WEIGHTS in found or len(found) == 1:
-        return WEIGHTS if WEIGHTS in found else found[0]
+    if (folder / WEIGHTS).exists():
+        return WEIGHTS
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.is_file())
+    if len(found) == 1:
+        return found[0]
     if found:
         several = ", ".join(found[:4])
-        raise ValueError(f"{CALL}: {folder} has {several} but neither {WEIGHTS} nor {INDEX}; pass one of the files")
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(PICKLES):
-            refuse_pickle(path)
-    raise FileNotFoundError(f"{CALL}: {folder} has neither {WEIGHTS} nor {INDEX}; a folder with weights was wanted")
+        raise ValueError(f"{call}: {folder} has {several} but neither {WEIGHTS} nor {INDEX}; pass one of the files")
+    pickles = [path for path in folder.iterdir() if path.name.endswith(PICKLES) and path.is_file()]
+    if pickles:  # not the optimizer's, if there is a model's
+        refuse_pickle(min(pickles, key=lambda path: ("model" not in path.name, path.name)), call)
+    raise FileNotFoundError(f"{call}: {folder} has neither {WEIGHTS} nor {INDEX}; a folder with weights was wanted")
 
 
 def _open_shard(path: Path) -> Shard:
