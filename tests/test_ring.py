@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from caches import agrees, dense, rows, same
 
-from gqa_ext import KVCache, _core, get_alibi_slopes
+from gqa_ext import KVCache, get_alibi_slopes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,38 +174,3 @@ def test_a_ring_is_as_long_as_it_must_be() -> None:
     assert cache.nbytes > few
     cache.reset()
     assert cache.nbytes == few
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
-@pytest.mark.parametrize("window", [None, 40])
-def test_ctrl_c_when_rows_have_been_written(
-    window: int | None, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Python hears of it as C comes back: either all happened or nothing, and the cache says which."""
-    cache, twin = (KVCache(1, 1, 8, capacity=100, window=window) for _ in range(2))
-    old, new, query = rows(0, 1, 1, 45, 8), rows(1, 1, 1, 5, 8), rows(2, 1, 2, 1, 8)
-    for each in (cache, twin):
-        each.append(old, old)
-    append = _core.cache_append
-
-    def interrupted(*arguments: Any) -> None:
-        append(*arguments)
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_core, "cache_append", interrupted)
-        with pytest.raises(error):
-            cache.append(new, new)
-    if cache.lengths[0] == 50:
-        twin.append(new, new)
-    same(cache.attend(query), twin.attend(query))
-    assert (cache.keys == twin.keys).all()
-    for each in (cache, twin):
-        each.append(new, new)
-    same(cache.attend(query), twin.attend(query))
-    with monkeypatch.context() as patch:
-        patch.setattr(_core, "cache_append", lambda *_: [].extend(0))  # as C refuses: nothing is written
-        with pytest.raises(TypeError):
-            cache.append(new, new)
-    same(cache.attend(query), twin.attend(query))
-    assert cache.lengths.tolist() == twin.lengths.tolist()
