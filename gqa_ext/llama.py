@@ -206,7 +206,7 @@ class Llama:
 
         A layer with a sliding window keeps no more keys than it will look at again. Other dtypes than float32 round
         what is kept: over 200 greedy steps of the shipped model, logits then move by less than 0.05 % (float16),
-        0.3 % (bfloat16) and 1 % (int8) of their range, which can turn a near tie of two tokens.
+        0.3 % (bfloat16) and 1 % (int8) of the range of all of them, which can turn a near tie of two tokens.
         """
         heads, dim = self.config.num_key_value_heads, self.config.head_dim
         return tuple(
