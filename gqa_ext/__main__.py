@@ -29,11 +29,14 @@ def demo(arguments: argparse.Namespace) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     """Measure MHA, GQA and MQA at the size of a real model."""
     from . import bench
+    from ._figures import check_picture
 
     sizes = bench.Sizes(rounds=2, prefill=512, contexts=(1024, 4096)) if arguments.quick else bench.Sizes()
-    result = bench.run(sizes)
-    print(result.markdown() if arguments.markdown else result)
     try:
+        if arguments.plot is not None:
+            check_picture("gqa-ext bench", arguments.plot)  # before minutes are spent
+        result = bench.run(sizes)
+        print(result.markdown() if arguments.markdown else result)
         if arguments.plot is not None:
             result.plot(arguments.plot)
     except (ImportError, OSError, ValueError) as error:

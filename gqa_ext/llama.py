@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ._arguments import as_int, as_real
-from ._messages import count, fail
+from ._messages import count, fail, kind
 from .attention import scaled_dot_product_attention
 from .cache import KVCache
 from .convert.methods import pool_heads  # not from .convert, which evaluates models with this module
@@ -231,6 +231,8 @@ class Llama:
         if self.attention is not scaled_dot_product_attention:
             raise NotImplementedError("Llama.forward(): cache beside another attention; leave out one of them")
         batch, size = tokens.shape
+        if not isinstance(cache, Sequence):
+            raise TypeError(f"Llama.forward(): cache is {kind(cache)}; a KVCache a layer was wanted: pass new_cache()")
         if len(cache) != len(self.layers) or cache[0].batch != batch:
             came = f"cache has {len(cache)} layers of {cache[0].batch if cache else 0} sequences"
             wanted = f"{len(self.layers)} layers of {batch} were wanted"

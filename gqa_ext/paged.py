@@ -5,8 +5,8 @@
 
 import copy
 import operator
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -180,17 +180,19 @@ class PagedKVCache:
     def fork(self, id: int) -> int:
         """A new sequence with the same tokens, in the same blocks. KeyError: there is no such sequence."""
         parent = self._find_one("PagedKVCache.fork", id)
-        child = self._add(parent.fork())
-        for block in parent.blocks():
-            self._blocks.share(block)
-        return child
+        child = parent.fork()
+        with self._all_or_nothing():
+            for block in child.blocks():
+                self._blocks.share(block)
+            return self._add(child)
 
     def free(self, id: int) -> None:
         """Forget a sequence and give back the blocks that no other has. KeyError: there is no such sequence."""
         sequence = self._find_one("PagedKVCache.free", id)
-        del self._sequences[int(id)]
-        for block in reversed(sequence.blocks()):
-            self._blocks.release(block)
+        with self._all_or_nothing():
+            del self._sequences[int(id)]
+            for block in reversed(sequence.blocks()):
+                self._blocks.release(block)
 
     def append(
         self, ids: int | Iterable[int], key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None
@@ -273,6 +275,15 @@ class PagedKVCache:
 
     def _arrays(self) -> list[Array]:
         return [array for array in self._stores() if array is not None]
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Blocks are counted anew where something is raised, Ctrl-C among it."""
+        try:
+            yield
+        except BaseException:
+            self._blocks.recount(self._sequences.values())
+            raise
 
     def _add(self, sequence: Sequence) -> int:
         self._next += 1

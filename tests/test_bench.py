@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,11 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(bench, "Sizes", lambda **_: SMALL)
     assert __main__.main(["bench", "--markdown", "--quick"]) == 0
     assert "| 8 (MHA) |" in capsys.readouterr().out
-    assert __main__.main(["bench", "--plot", str(tmp_path / "missing" / "x.svg")]) == 1
-    assert capsys.readouterr().err.startswith("gqa-ext bench: ")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench, "run", lambda sizes: 1 / 0)  # a bad name is seen before anything is measured
+    for name, words in ("missing/x.svg", "make .*missing first"), ("x.docx", r"x.docx ends in .docx; one of .*\.svg"):
+        assert __main__.main(["bench", "--plot", str(tmp_path / name)]) == 1
+        assert re.search(rf"^gqa-ext bench\(\): .*{words}", capsys.readouterr().err.removeprefix("gqa-ext bench: "))
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, result: bench.Result) -> None:
