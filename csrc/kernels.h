@@ -7,10 +7,12 @@
  * not a row of the caller's arrays comes from scratch and is padded to whole vectors.
  *
  * Two forms share the table.  Many query rows lie in lanes: c = K Q^T, then O^T = V^T P^T,
- * both by `outer`, or in bfloat16 by `outer_pairs` and `weigh_pairs`.  Few rows: `dot` puts keys in lanes, then `outer_few` value dims; both read a regular row of
- * a narrow type in place and widen it in registers, since few rows are bound by the bytes they read.
+ * both by `outer`, or in bfloat16 by `outer_pairs` and `weigh_pairs`.  Few rows: `dot` puts keys in lanes, then
+ * `outer_few` value dims; both read a regular row of a narrow type in place and widen it in registers, since few rows
+ * are bound by the bytes they read.
  * `rows` is true where a statistic belongs to a row of c (few), false where to a lane.
- * Filled by kernels_tmpl.h, chosen by dispatch.c, called by tile.c, work.c, view.c, bias.c, weigh.c, merge.c and cache.c. */
+ * Filled by kernels_tmpl.h, chosen by dispatch.c, called by tile.c, work.c, view.c, bias.c, weigh.c, merge.c and
+ * cache.c. */
 #ifndef GQA_KERNELS_H
 #define GQA_KERNELS_H
 

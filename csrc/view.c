@@ -29,16 +29,16 @@ static struct gqa_rows loaded(const struct gqa_kernels *kernels, const struct gq
     return (struct gqa_rows){scratch, (ptrdiff_t)width, gqa_own_dtype(kernels)};
 }
 
-struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
-                              int64_t count, void *scratch) {
-    if (operand->dtype == gqa_own_dtype(kernels) && lies_plainly(operand, at)) return in_place(operand, at);
-    return loaded(kernels, operand, at, count, scratch);
-}
-
 struct gqa_rows gqa_stream_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
                                 int64_t count, void *scratch) {
     if (gqa_streams(kernels, operand->dtype) && lies_plainly(operand, at)) return in_place(operand, at);
     return loaded(kernels, operand, at, count, scratch);
+}
+
+struct gqa_rows gqa_view_rows(const struct gqa_kernels *kernels, const struct gqa_operand *operand, const char *at,
+                              int64_t count, void *scratch) {
+    const bool real = operand->dtype == gqa_own_dtype(kernels);
+    return (real ? gqa_stream_rows : loaded)(kernels, operand, at, count, scratch);
 }
 
 char *gqa_even_rows(const struct gqa_plan *plan, const struct gqa_unit *unit, const struct gqa_operand *operand,

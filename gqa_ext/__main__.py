@@ -32,17 +32,26 @@ def bench(arguments: argparse.Namespace) -> int:
     from ._figures import check_picture
 
     sizes = bench.Sizes(rounds=2, prefill=512, contexts=(1024, 4096)) if arguments.quick else bench.Sizes()
+    refusals = (ImportError, OSError, ValueError)
     try:
         if arguments.plot is not None:
             check_picture("gqa-ext bench", arguments.plot)  # before minutes are spent
-        result = bench.run(sizes)
-        print(result.markdown() if arguments.markdown else result)
+    except refusals as error:
+        return refused("bench", error)
+    result = bench.run(sizes)
+    print(result.markdown() if arguments.markdown else result)
+    try:
         if arguments.plot is not None:
             result.plot(arguments.plot)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"gqa-ext bench: {error}", file=sys.stderr)
-        return 1
+    except refusals as error:
+        return refused("bench", error)
     return 0
+
+
+def refused(word: str, error: Exception) -> int:
+    """Say so; the exit code."""
+    print(f"gqa-ext {word}: {one_line(error)}", file=sys.stderr)
+    return 1
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -56,8 +65,7 @@ def generate(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
-        print(f"gqa-ext generate: {one_line(error)}", file=sys.stderr)
-        return 1
+        return refused("generate", error)
     return 0
 
 

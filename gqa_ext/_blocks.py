@@ -16,8 +16,7 @@ class Blocks:
 
     def __init__(self, count: int) -> None:
         self.free = count
-        self.users = [0] * count
-        self._is_free = np.ones(count, bool)  # for finding gaps
+        self.users = np.zeros(count, np.int64)
 
     def take(self, last: int) -> int:
         """A free block, of which there is one, for a sequence whose last is this one; -1: it has none."""
@@ -25,7 +24,6 @@ class Blocks:
         goes_on = 0 < behind < len(self.users) and self.users[behind] == 0
         block = behind if goes_on else self._in_widest_gap()
         self.users[block] = 1
-        self._is_free[block] = False
         self.free -= 1
         return block
 
@@ -36,20 +34,17 @@ class Blocks:
     def release(self, block: int) -> None:
         """One less."""
         self.users[block] -= 1
-        if self.users[block] == 0:
-            self._is_free[block] = True
-            self.free += 1
+        self.free += int(self.users[block] == 0)
 
     def recount(self, sequences: Iterable["Sequence"]) -> None:
         """By what these have, whatever a call that was stopped has left."""
-        rows = [sequence.row(sequence.held) for sequence in sequences]
-        users = np.bincount(np.concatenate([np.zeros(0, np.int64), *rows]), minlength=len(self.users))
-        self.users, self._is_free = users.tolist(), users == 0
-        self.free = int(self._is_free.sum())
+        rows = [sequence.row() for sequence in sequences]
+        self.users = np.bincount(np.concatenate([np.zeros(0, np.int64), *rows]), minlength=len(self.users))
+        self.free = int((self.users == 0).sum())
 
     def _in_widest_gap(self) -> int:
         """Its middle, as the sequence before it may be growing into its start."""
-        edges = np.flatnonzero(np.diff(self._is_free, prepend=False, append=False)).reshape(-1, 2)
+        edges = np.flatnonzero(np.diff(self.users == 0, prepend=False, append=False)).reshape(-1, 2)
         begin, end = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
         middle: int = (begin + end) // 2 if begin else 0
         return middle
@@ -66,12 +61,12 @@ class Sequence:
     def fork(self) -> "Sequence":
         """The same tokens in the same blocks."""
         other = Sequence()
-        other.length, other.held, other._row = self.length, self.held, self.row(max(8, self.held)).copy()
+        other.length, other.held, other._row = self.length, self.held, self._row[: max(8, self.held)].copy()
         return other
 
     def blocks(self) -> list[int]:
         """All of them, in order."""
-        blocks: list[int] = self._row[: self.held].tolist()
+        blocks: list[int] = self.row().tolist()
         return blocks
 
     def last(self) -> int:
@@ -95,17 +90,15 @@ class Sequence:
         if blocks:
             self.replace_last(last)
 
-    def row(self, width: int) -> Array:
-        """Its first blocks and, if it has room for more, anything behind them, at most (width,): a view."""
-        return self._row[:width]
+    def row(self) -> Array:
+        """Its blocks, (held,): a view."""
+        return self._row[: self.held]
 
 
 def block_table(sequences: list[Sequence]) -> Array:
     """A new block table (len(sequences), blocks): every step of decoding makes one."""
     width = max([sequence.held for sequence in sequences], default=0)
-    nothing = np.zeros(width, np.int64)
-    parts = [nothing[:0]]
-    for sequence in sequences:
-        row = sequence.row(width)
-        parts += [row, nothing[len(row) :]]
-    return np.concatenate(parts).reshape(len(sequences), width)
+    table = np.zeros((len(sequences), width), np.int64)
+    for line, sequence in zip(table, sequences, strict=True):
+        line[: sequence.held] = sequence.row()
+    return table

@@ -105,16 +105,13 @@ def _rope(call: str, name: str, config: Mapping[str, Any], head_dim: int) -> Rot
     if name == "phi3":
         given, config = _as_longrope(given), {"original_max_position_embeddings": 4096, **config}
     scaling = fill_rope(given, config, *OLD_NAMES.get(name, ()))
-    options: dict[str, Any] = {"base": _number(call, scaling, "rope_theta", default.base)}
     share = _share(call, name, scaling)
-    dim = int(head_dim * (share or 1.0))
-    options |= {"rotary_dim": None if share is None or dim % 2 else dim, "interleaved": default.interleaved}
-    odd = {"partial_rotary_factor": share} if share is not None and dim % 2 else {}
+    base = _number(call, scaling, "rope_theta", default.base)
+    part = {} if share is None else {"partial_rotary_factor": share}
+    options: dict[str, Any] = {"base": base, "interleaved": default.interleaved, "scaling": part or None}
     if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
         scaling = {key: entry for key, entry in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        options |= {"scaling": scaling | odd, "max_position_embeddings": config.get("max_position_embeddings")}
-    elif odd:
-        options["scaling"] = odd
+        options |= {"scaling": scaling | part, "max_position_embeddings": config.get("max_position_embeddings")}
     return RotaryEmbedding(head_dim, **options)
 
 

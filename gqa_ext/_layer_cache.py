@@ -41,8 +41,10 @@ def as_cache(
 
 def check_fit(call: str, cache: KVCache, query: Array, key: Array, window: Any) -> None:
     """As many sequences here as there, and rows that find the keys of their window when all are appended."""
-    keeps = cache.window if cache.window is not None and cache.window <= cache.capacity else None
-    if keeps is not None and window is not None and (window[0] is None or window[0] >= keeps):
+    width = cache.window or 0
+    most = cache.capacity - width + 1  # rows that a ring can take at once
+    is_ring = width > 0 and most >= 1
+    if is_ring and window is not None and (window[0] is None or window[0] >= width):
         came = f"cache has a window of {cache.window} and the layer one of {window}"
         wide = "no window" if window[0] is None else f"window={window[0] + 1}"
         fail(ValueError, call, came, "keys that the layer's rows see were wanted", f"make the cache with {wide}")
@@ -50,9 +52,9 @@ def check_fit(call: str, cache: KVCache, query: Array, key: Array, window: Any) 
         if len(array) != cache.batch:
             came = f"{name} has a batch of {len(array)} and cache of {cache.batch}"
             fail(ValueError, call, came, "the same was wanted", f"pass KVCache({len(array)}, ...)")
-    rows, most = key.shape[1], cache.capacity - (cache.window or 0) + 1
+    rows = key.shape[1]
     overwrites = not cache.frozen and cache.lengths.max(initial=0) + rows > cache.capacity
-    if cache.window is not None and rows > most >= 1 and overwrites:
+    if is_ring and rows > most and overwrites:
         came = f"key has {rows} rows and cache a window of {cache.window} in a capacity of {cache.capacity}"
         fix = "pass shorter chunks, or make the cache with a larger capacity"
         fail(ValueError, call, came, f"at most {most} at once were wanted", fix)

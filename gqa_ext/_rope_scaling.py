@@ -123,11 +123,7 @@ def _flat(scaling: Any) -> dict[str, Any]:
         wanted = f"known are {', '.join([*COMMON, *sorted(SCALED - {*COMMON})])}"
         fix = "leave out what does not change the rotation; what does is not implemented"
         fail(ValueError, CALL, f"scaling has {', '.join(unknown)}", wanted, fix)
-    return {
-        key: setting
-        for key, setting in scaling.items()
-        if setting is not None and (key not in ("beta_fast", "beta_slow") or setting)
-    }  # 0 is the default there
+    return {key: setting for key, setting in scaling.items() if setting is not None}
 
 
 def _rope_type(given: dict[str, Any]) -> str:
@@ -270,7 +266,9 @@ def _yarn(s: Settings) -> Frequencies:
         """In the length of training; pairs are counted as if by half."""
         return s.dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(s.base))
 
-    low, high = pair_that_turns(s.number("beta_fast", 32.0)), pair_that_turns(s.number("beta_slow", 1.0))
+    fast = s.number("beta_fast") if s.given.get("beta_fast") else 32.0  # as transformers, which takes 0 for none
+    slow = s.number("beta_slow") if s.given.get("beta_slow") else 1.0
+    low, high = pair_that_turns(fast), pair_that_turns(slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, s.dim - 1)

@@ -148,7 +148,8 @@ def as_integers(call: str, name: str, thing: Any) -> Array:
     if array.dtype.kind not in "iu" and not untyped:
         fix = f"pass {name}.astype(np.int64)"
         if array.dtype == np.bool_ and name.endswith("lengths"):
-            fix = f"count what is there, as in {name}.sum(-1)" + (", or pass it as attn_mask" if "_" in name else "")
+            fix = f"count what is there, as in {name}.sum(-1)"
+            fix += "" if name == "lengths" else ", or pass it as attn_mask"  # append has none
         fail(TypeError, call, f"{name} has dtype {array.dtype}", "an array of integers was wanted", fix)
     if array.dtype.kind == "u" and array.size and array.max() > _MOST:
         wanted = "numbers that an int64 holds were wanted"

@@ -229,18 +229,13 @@ class PagedKVCache:
         if new[0].shape != new[1].shape:
             wanted = f"one shape was wanted ({shapes(key=new[0], value=new[1])})"
             fail(ValueError, call, "value differs from key", wanted, "pass the rows of both")
-        counts, before = as_counts(call, lengths, len(sequences), new[0].shape[2]), _lengths_of(sequences)
-        lasts = [sequence.last() for sequence in sequences]
-        try:
+        counts = as_counts(call, lengths, len(sequences), new[0].shape[2])
+        with self._all_or_nothing(sequences):
             self._take_blocks(call, sequences, counts.tolist())
-            _core.cache_append(*self._stores(), block_table(sequences), new[0], new[1], before, counts)
-            for sequence, length in zip(sequences, (before + counts).tolist(), strict=True):
-                sequence.length = length
-        except BaseException:  # Ctrl-C too
-            for sequence, length, last in zip(sequences, before.tolist(), lasts, strict=True):
-                sequence.restore(length, -(-length // self.block_size), last)
-            self._blocks.recount(self._sequences.values())
-            raise
+            table, before = block_table(sequences), _lengths_of(sequences)
+            _core.cache_append(*self._stores(), table, new[0], new[1], before, counts)
+            for sequence, more in zip(sequences, counts.tolist(), strict=True):
+                sequence.length += more
 
     def attend(self, ids: int | Iterable[int], query: ArrayLike, *, is_causal: bool = True, **rules: Any) -> Any:
         """Attention of the query rows (len(ids), Hq, S, head_dim) of these sequences to all that they have.
@@ -277,11 +272,14 @@ class PagedKVCache:
         return [array for array in self._stores() if array is not None]
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Blocks are counted anew where something is raised, Ctrl-C among it."""
+    def _all_or_nothing(self, sequences: Iterable[Sequence] = ()) -> Iterator[None]:
+        """Where something is raised, Ctrl-C among it, these are as they were, and blocks are counted anew."""
+        states = [(sequence, sequence.length, sequence.held, sequence.last()) for sequence in sequences]
         try:
             yield
         except BaseException:
+            for sequence, *state in states:
+                sequence.restore(*state)
             self._blocks.recount(self._sequences.values())
             raise
 
