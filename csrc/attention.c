@@ -5,11 +5,11 @@
  * a unit are cut into chunks, whose parts are joined by whoever finishes last: the
  * same tree of joins, so the same bits.  Called by python/attention.c. */
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "check.h"
 #include "merge.h"
+#include "scratch.h"
 #include "tile.h"
 
 /* Multiply-adds below which waking another thread costs more than it gains. */
@@ -81,13 +81,15 @@ static void chunk_of_unit(const void *context, int64_t index, void *scratch, str
 
 static enum gqa_status run_chunked(const struct gqa_plan *plan, size_t scratch, int threads, struct gqa_poll poll) {
     const size_t part_bytes = (size_t)(plan->units * plan->chunks) * plan->part_bytes;
-    char *memory = malloc(part_bytes + (size_t)plan->units * sizeof(atomic_int));
-    if (!memory) return GQA_NO_MEMORY;
-    const struct call call = {plan, memory, (atomic_int *)(void *)(memory + part_bytes)};
-    for (int64_t i = 0; i < plan->units; i++) atomic_init(&call.missing[i], (int)plan->chunks);
-    const enum gqa_status status =
-        gqa_pool_run(chunk_of_unit, &call, plan->units * plan->chunks, scratch, threads, poll);
-    free(memory);
+    struct scratch own = {0}, *block = scratch_borrow(&own);
+    enum gqa_status status = GQA_NO_MEMORY;
+    if (scratch_reserve(block, part_bytes + (size_t)plan->units * sizeof(atomic_int))) {
+        char *parts = block->data;
+        const struct call call = {plan, parts, (atomic_int *)(void *)(parts + part_bytes)};
+        for (int64_t i = 0; i < plan->units; i++) atomic_init(&call.missing[i], (int)plan->chunks);
+        status = gqa_pool_run(chunk_of_unit, &call, plan->units * plan->chunks, scratch, threads, poll);
+    }
+    scratch_return(block, &own);
     return status;
 }
 

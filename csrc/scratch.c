@@ -7,7 +7,7 @@
 #include <stdlib.h>
 
 enum {
-    KEPT_BLOCKS = 4,       /* callers at a time that find one */
+    KEPT_BLOCKS = 8,       /* a caller takes two where the keys of a unit are cut into chunks */
     KEEP_BYTES = 64 << 20, /* of one block, after a call */
 };
 

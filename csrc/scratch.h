@@ -1,7 +1,7 @@
 /* scratch.h: working memory that outlives the call it was needed for.
  *
  * A block grows as calls ask for more and is kept, so that small calls that follow
- * each other allocate nothing.  Used by pool.c alone. */
+ * each other allocate nothing.  Used by pool.c and attention.c. */
 #ifndef GQA_SCRATCH_H
 #define GQA_SCRATCH_H
 
